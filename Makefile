@@ -1,0 +1,80 @@
+# make demo      compare two methods on synthetic sites; the report lands in demo-report/ (made anew; DEMO_OUT=dir: there)
+# make test      the fast tests          make test-slow   effects, golden metrics, engines
+# make lint      ruff and import layers  make types       mypy
+# make bench     speed measurements      make clean       remove what make made, results in runs/ excepted
+#
+# PYTHON=python3.12 chooses the interpreter, PYTEST_ARGS="-k state" selects tests. The environment is built in .venv on first use.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?=
+PYTEST_ARGS ?=
+# Where CPU builds of torch are found on Linux, if pip's own sources have none; PyPI's Linux wheels bring gigabytes of CUDA libraries.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+DEMO_OUT ?=
+
+# One torch thread: the tests compare bits, and several threads on small tensors only get into each other's way.
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test test-slow lint types bench clean dev
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+# The newest of the usual names that is at least 3.11, unless PYTHON is given.
+$(BIN)/python:
+	@for candidate in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found="$$candidate"; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then echo "error: Python 3.11 or newer is needed; found none. Give one: make PYTHON=/path/to/python3.12" >&2; exit 1; fi; \
+	echo "making $(VENV) with $$found"; \
+	"$$found" -m venv $(VENV)
+
+# A CPU torch first: from pip's own sources, else from the CPU index, else whatever the normal installation brings.
+$(VENV)/.stamp-torch: constraints.txt | $(BIN)/python
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { \
+	  version=$$(sed -n 's/^torch==//p' constraints.txt); \
+	  echo "installing torch $$version"; \
+	  $(BIN)/pip install -q --no-deps "torch==$$version+cpu" 2>/dev/null \
+	  || { [ "$$(uname -s)" = Linux ] && $(BIN)/pip install -q --no-deps --timeout 20 --retries 1 --extra-index-url $(TORCH_CPU_INDEX) "torch==$$version+cpu" 2>/dev/null; } \
+	  || true; }
+	@touch $@
+
+$(VENV)/.stamp-report: pyproject.toml constraints.txt $(VENV)/.stamp-torch
+	@echo "installing fedmed into $(VENV)"
+	@$(BIN)/pip install -q -e '.[report]' -c constraints.txt
+	@touch $@
+
+$(VENV)/.stamp-dev: pyproject.toml constraints.txt $(VENV)/.stamp-torch
+	@echo "installing fedmed and its tools into $(VENV)"
+	@$(BIN)/pip install -q -e '.[dev,report]' -c constraints.txt
+	@touch $(VENV)/.stamp-report $@
+
+dev: $(VENV)/.stamp-dev
+
+demo: $(VENV)/.stamp-report
+	@[ -n "$(DEMO_OUT)" ] || rm -rf demo-report
+	@$(BIN)/fedmed demo --out "$(or $(DEMO_OUT),demo-report)"
+
+test: dev
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: dev
+	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports
+
+types: dev
+	@$(BIN)/mypy fedmed strategies clients data_prep
+
+bench: dev
+	@for script in benchmarks/bench_*.py; do [ -e "$$script" ] || { echo "no benchmarks"; break; }; echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+clean:
+	@rm -rf $(VENV) demo-report build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

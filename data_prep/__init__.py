@@ -1,0 +1,1 @@
+"""Preparation of site files: partitions into clients, corruption of annotations, derived files keyed by recipe."""

@@ -1,0 +1,80 @@
+"""Letting a strategy of Flower itself drive our sites: `strategy.name=flwr:FedMedian` with that class's own arguments.
+
+What is lost: resume and checkpoints, the quorum, site-name order of sums (so bit-equality between engines), dropping of broken updates, queries,
+extras and personal rounds. What stays: our clients and their losses, the run folder, the history (one record per round instead of one per site).
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp import strategy as flower_strategies
+from flwr.serverapp.strategy import Result
+from flwr.serverapp.strategy import Strategy as FlowerStrategy
+
+from fedmed.config import Config, nearest
+from fedmed.errors import FedMedError, UserError
+from fedmed.federation.exchange import Exchange
+from fedmed.federation.history import Journal
+from fedmed.federation.records import decode_metrics, decode_state, encode_metrics, encode_state
+from fedmed.federation.rounds import Scorer
+from fedmed.federation.state import State
+
+log = logging.getLogger("fedmed.server")
+
+
+def flower_strategy(name: str, args: dict[str, Any]) -> FlowerStrategy:
+    """Build a class of `flwr.serverapp.strategy` by name. Raises `UserError` for an unknown class or argument."""
+    cls = getattr(flower_strategies, name, None)
+    known = [n for n in flower_strategies.__all__ if n not in ("Strategy", "Result")]
+    if name not in known or cls is None:
+        raise UserError(f"flwr.serverapp.strategy has no class {name!r}{nearest(name, known)}")
+    accepted = [p for p in inspect.signature(cls).parameters if p != "self"]
+    unknown = [a for a in args if a not in accepted]
+    if unknown:
+        raise UserError(f"strategy.args: {name} takes no argument {unknown[0]!r}{nearest(unknown[0], accepted)}")
+    try:
+        built: FlowerStrategy = cls(**args)
+    except TypeError as error:
+        raise UserError(f"strategy.args: {name}: {error}") from error
+    return built
+
+
+def run_flower_strategy(grid: Grid, config: Config, initial: State, journal: Journal, exchange: Exchange, central: Scorer | None) -> State:
+    """Run all rounds of a Flower strategy over the grid and give the final state; history records go to `journal`."""
+    strategy = flower_strategy(config.strategy.name.removeprefix("flwr:"), dict(config.strategy.args))
+    rounds = config.federation.rounds
+    started = time.monotonic()
+    log.info("flwr strategy: no resume, no quorum, sums in arrival order")
+
+    def evaluate(number: int, arrays: ArrayRecord) -> MetricRecord | None:
+        # Flower aggregates before it evaluates, so a finished round is recorded here.
+        if number == 0:
+            return None
+        scores = central(decode_state(arrays), number == rounds) if central is not None else {}
+        if scores:
+            journal.add(number, "central", None, num_examples=int(scores.get("n/test", 0)), metrics=scores)
+        journal.tell("on_round", number, journal.flush(), time.monotonic() - started)
+        return encode_metrics(scores)
+
+    result = strategy.start(
+        grid=grid, initial_arrays=encode_state(initial), num_rounds=rounds, timeout=config.federation.train_deadline_s,
+        train_config=ConfigRecord({"rounds": rounds, "num_sites": len(exchange.roster)}), evaluate_config=ConfigRecord({"rounds": rounds}), evaluate_fn=evaluate,
+    )  # fmt: skip
+    _record(result, journal)
+    if not len(result.arrays):
+        raise FedMedError("the Flower strategy gave no model back: every round failed. The log says why; a site that fails ends such a run")
+    return decode_state(result.arrays)
+
+
+def _record(result: Result, journal: Journal) -> None:
+    for number, record in sorted(result.train_metrics_clientapp.items()):
+        journal.add(number, "train", None, metrics=decode_metrics(record))
+    for number, record in sorted(result.evaluate_metrics_clientapp.items()):
+        journal.add(number, "evaluate", None, metrics=decode_metrics(record))
+    journal.flush()

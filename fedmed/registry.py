@@ -1,0 +1,101 @@
+"""Names users may write in a configuration, each with the import path of what it stands for.
+
+One line per method and kind; a module is imported when its name is first used, so listing names costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from fedmed.errors import UserError
+
+STRATEGIES: dict[str, str] = {
+    "fedavg": "fedmed.federation.strategy:Strategy",
+    "fedavgm": "strategies.server_optimizer:FedAvgM",
+    "fedadam": "strategies.server_optimizer:FedAdam",
+    "fednoro": "strategies.noise_robust:FedNoRo",
+    "feda3i": "strategies.quality_layerwise:FedA3I",
+}
+
+CLIENTS: dict[str, str] = {
+    "supervised": "clients.supervised:Supervised",
+    "local_norm": "clients.local_norm:LocalNorm",
+    "fednoro": "clients.noise_robust:NoiseRobust",
+    "feda3i": "clients.quality_features:QualityFeatures",
+}
+
+ADDONS: dict[str, str] = {
+    "prox": "clients.prox:Proximal",
+}
+
+MODELS: dict[str, str] = {
+    "small_cnn": "fedmed.models.small_cnn:SmallCNN",
+    "unet": "fedmed.models.unet:UNet",
+}
+
+LOSSES: dict[str, str] = {
+    "ce": "fedmed.losses.classification:cross_entropy",
+    "logit_adjusted_ce": "fedmed.losses.classification:logit_adjusted_cross_entropy",
+    "bce": "fedmed.losses.segmentation:bce_with_logits",
+    "bce_dice": "fedmed.losses.segmentation:bce_dice",
+    "ce_dice": "fedmed.losses.segmentation:ce_dice",
+}
+
+PARTITIONS: dict[str, str] = {
+    "natural": "data_prep.partition:Natural",
+    "iid": "data_prep.partition:Iid",
+    "dirichlet": "data_prep.partition:Dirichlet",
+    "fednoro": "data_prep.partition:FedNoRoPartition",
+}
+
+CORRUPTIONS: dict[str, str] = {
+    "label_noise": "data_prep.corruption.label_noise:LabelNoise",
+    "contour_noise": "data_prep.corruption.contour_noise:ContourNoise",
+}
+
+# Applied before a run; lives in the methods layer, hence by name.
+DERIVE = "data_prep.protocol:derive"
+
+KINDS: dict[str, dict[str, str]] = {
+    "strategy": STRATEGIES,
+    "client": CLIENTS,
+    "add-on": ADDONS,
+    "model": MODELS,
+    "loss": LOSSES,
+    "partition": PARTITIONS,
+    "corruption": CORRUPTIONS,
+}
+
+
+def import_attribute(path: str) -> Any:
+    """Import `module:attribute`.
+
+    Raises `UserError` when the module or the attribute does not exist.
+    """
+    module_name, _, attribute = path.partition(":")
+    if not attribute:
+        raise UserError(f"expected an import path 'module:attribute', got {path!r}")
+    try:
+        module = importlib.import_module(module_name)
+        return getattr(module, attribute)
+    except ModuleNotFoundError as error:
+        raise UserError(f"cannot import {path!r}: {error}. Is the package installed?") from error
+    except AttributeError as error:
+        raise UserError(f"module {module_name!r} has no attribute {attribute!r}") from error
+
+
+def resolve(kind: str, name: str) -> Any:
+    """Give the class or function that `name` stands for among the registered `kind`s.
+
+    A name with a colon is taken as an import path, so a method that lives outside the repository needs no registry line.
+    Raises `UserError` naming the nearest registered name.
+    """
+    names = KINDS[kind]
+    if name in names:
+        return import_attribute(names[name])
+    if ":" in name:
+        return import_attribute(name)
+    from fedmed.config import nearest
+
+    raise UserError(f"no {kind} is called {name!r}{nearest(name, names)}. `fedmed list` shows all names.")

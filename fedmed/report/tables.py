@@ -1,0 +1,202 @@
+"""Tables for the terminal and for Markdown, from the summary of a run. Text in, text out; nothing is read or written
+here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedmed.report.summary import lower_is_better, mean, number, spread, worst
+
+Rows = list[list[str]]
+
+_MAX_METRICS = 5  # columns beyond these make a terminal line wrap
+
+
+def show(value: Any, digits: int = 3) -> str:
+    """Format a number for a table: fixed digits, integers plain, "-" for undefined or absent."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return str(value) if isinstance(value, int) else f"{value:.{digits}f}"
+
+
+def clock(seconds: float) -> str:
+    """Format seconds as "8.1 s", "4:05" (minutes) or "1:02:30" (hours)."""
+    if math.isnan(seconds):
+        return "-"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], rules: Sequence[int] = ()) -> str:
+    """Align a table for the terminal: first column left, the others right; a rule under the header and before each row
+    in `rules`.
+    """
+    widths = [max(len(str(line[i])) for line in (header, *rows)) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = (str(c) for c in cells)
+        return "  ".join(
+            [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:], strict=True))]
+        ).rstrip()
+
+    rule = "  ".join("-" * w for w in widths)
+    lines = [line(header), rule]
+    for index, row in enumerate(rows):
+        lines += [rule] if index in rules else []
+        lines.append(line(row))
+    return "\n".join(lines)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Format the same table for Markdown."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
+
+    align = "|" + "|".join([" :-- ", *[" --: "] * (len(header) - 1)]) + "|"
+    return "\n".join([line(header), align, *(line(row) for row in rows)])
+
+
+def _metric_columns(summary: Mapping[str, Any]) -> list[str]:
+    """Short metric names of the sites, the main one first; full names (other views) and per-class ones come only if
+    there is room.
+    """
+    seen = dict.fromkeys(
+        key
+        for result in summary["sites"].values()
+        for key, value in result.items()
+        if key not in ("n", "round") and "/" not in key and isinstance(value, (int, float, type(None)))
+    )
+    main = summary.get("main_metric")
+    others = [name for name in seen if name != main and not re.search(r"[_.]\d+$", name)]
+    return ([main] if main in seen else []) + others[: _MAX_METRICS - 1]
+
+
+def site_table(summary: Mapping[str, Any]) -> tuple[list[str], Rows, int]:
+    """Give header, rows and the number of site rows: one row per site with n and its metrics, then mean, worst and
+    spread.
+
+    A site known to be corrupted or believed noisy gets a mark column when there is anything to mark.
+    """
+    metrics = _metric_columns(summary)
+    noisy = summary.get("noisy_sites", {})
+    believed, true = set(noisy.get("believed", ())), set(noisy.get("true", ()))
+    marked = bool(believed or true)
+    header = ["site", "n", *metrics, *(["noisy"] if marked else [])]
+    rows: Rows = []
+    for site, result in summary["sites"].items():
+        row = [site, show(result.get("n")), *(show(number(result.get(m)) if m in result else None) for m in metrics)]
+        words = [word for word, group in (("true", true), ("believed", believed)) if site in group]
+        rows.append(row + ([" + ".join(words)] if marked else []))
+    for label, rule in (("mean", lambda _, v: mean(v)), ("worst", worst), ("spread", lambda _, v: spread(v))):
+        row = [label, ""]
+        row += [show(rule(m, [number(r.get(m)) for r in summary["sites"].values()])) for m in metrics]
+        rows.append(row + ([""] if marked else []))
+    return header, rows, len(summary["sites"])
+
+
+def facts(summary: Mapping[str, Any]) -> list[str]:
+    """Lines that belong under the table: central result, noisy sites found, failures, time."""
+    lines: list[str] = []
+    metric, prefix = summary.get("main_metric"), summary.get("judged_by")
+    central = summary.get("central", {})
+    for which, label in (
+        ("last", "central test, last round"),
+        ("selected", "central test, round chosen on validation"),
+    ):
+        values = central.get(which) or {}
+        key = f"{prefix}/{metric}"
+        if key in values:
+            lines.append(f"{label} ({show(values.get('round'))}): {metric} {show(number(values[key]))}")
+    noisy = summary.get("noisy_sites", {})
+    if noisy.get("believed") or noisy.get("true"):
+        said = ", ".join(noisy["believed"]) or "none"
+        line = f"believed noisy: {said}"
+        if noisy.get("true"):
+            line += f"; truly noisy: {', '.join(noisy['true'])}"
+        if noisy.get("precision") is not None or noisy.get("recall") is not None:
+            line += f"; precision {show(noisy['precision'], 2)}, recall {show(noisy['recall'], 2)}"
+        lines.append(line)
+    failed = summary.get("failures", [])
+    if failed:
+        last = failed[-1]
+        lines.append(
+            f"failed answers: {len(failed)}; the last: round {last['round']}, {last['phase']}, "
+            f"{last['site']}: {last['reason']}"
+        )
+    lines.append(f"{summary.get('rounds', 0)} rounds in {clock(number(summary.get('seconds')))}")
+    return lines
+
+
+def render(summary: Mapping[str, Any]) -> str:
+    """Give the closing text of a run for the terminal: per-site table and the facts under it."""
+    if not summary["sites"]:
+        return "\n".join(["no site took part", *facts(summary)])
+    header, rows, num_sites = site_table(summary)
+    judged = f" ({summary['judged_by']})" if summary.get("judged_by") else ""
+    return "\n".join([f"{summary['name']}{judged}", text_table(header, rows, rules=(num_sites,)), *facts(summary)])
+
+
+def comparison_table(summaries: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], Rows]:
+    """Give header and rows that compare arms on the same metric, the main one of the first: mean, worst site, spread,
+    central, time.
+    """
+    metric = next(iter(summaries.values())).get("main_metric") or "metric"
+    header = ["arm", f"{metric} (mean of sites)", "worst site", "spread", "central test", "rounds", "time"]
+    rows: Rows = []
+    for name, summary in summaries.items():
+        values = [number(result.get(metric)) for result in summary["sites"].values()]
+        central = (summary.get("central", {}).get("last") or {}).get(f"{summary.get('judged_by')}/{metric}")
+        rows.append(
+            [
+                name,
+                *(show(v) for v in (mean(values), worst(metric, values), spread(values), number(central))),
+                show(summary.get("rounds")),
+                clock(number(summary.get("seconds"))),
+            ]
+        )
+    return header, rows
+
+
+def verdict(summaries: Mapping[str, Mapping[str, Any]]) -> str:
+    """Say in one sentence what the comparison shows, and how little one run shows; the first arm is the baseline.
+
+    The value compared is the central test result where every arm has one, else the mean over sites.
+    """
+    names = list(summaries)
+    metric = summaries[names[0]].get("main_metric") or "metric"
+
+    def central(summary: Mapping[str, Any]) -> float:
+        return number((summary.get("central", {}).get("last") or {}).get(f"{summary.get('judged_by')}/{metric}"))
+
+    values = {n: central(s) for n, s in summaries.items()}
+    what = f"central test {metric}"
+    if any(math.isnan(v) for v in values.values()):
+        values = {n: mean(number(r.get(metric)) for r in s["sites"].values()) for n, s in summaries.items()}
+        what = f"mean {metric} of the sites"
+    base = names[0]
+    parts: list[str] = []
+    for name in names[1:]:
+        gain = values[name] - values[base]
+        if math.isnan(gain):
+            parts.append(f"{name} cannot be compared with {base}: {what} is undefined")
+        elif round(abs(gain), 3) == 0:
+            parts.append(f"{name} equals {base} in {what} to three digits")
+        else:
+            better = (gain < 0) == lower_is_better(metric)
+            parts.append(f"{name} is {'better' if better else 'worse'} than {base} by {abs(gain):.3f} in {what}")
+    if not parts:
+        return "One arm only: nothing to compare."
+    return (
+        "; ".join(parts)
+        + ". One seed each: a difference of this size can be chance; repeat with other seeds before believing it."
+    )

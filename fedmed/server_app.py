@@ -1,0 +1,201 @@
+"""The Flower ServerApp: build the rule of the configuration, run the rounds, write the run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from torch import nn
+
+from fedmed.config import Config, config_hash, from_run_config, params_from, to_yaml
+from fedmed.data.site_file import SiteFile, read_truth
+from fedmed.errors import UserError
+from fedmed.federation.checkpoint import CheckpointStore, write_json, write_safetensors
+from fedmed.federation.client import Client, Env, Moment, declared_leaves
+from fedmed.federation.exchange import Exchange
+from fedmed.federation.foreign import run_flower_strategy
+from fedmed.federation.history import Callback, Journal
+from fedmed.federation.layout import Layout
+from fedmed.federation.messages import Identity
+from fedmed.federation.records import json_safe
+from fedmed.federation.rounds import RoundLoop, Scorer
+from fedmed.federation.scoring import score
+from fedmed.federation.site import choose_device, client_class, make_addons, make_model
+from fedmed.federation.state import State
+from fedmed.federation.strategy import Strategy
+from fedmed.metrics import main_metric
+from fedmed.registry import resolve
+from fedmed.report.run_folder import RunFolder
+from fedmed.report.summary import build_summary
+
+log = logging.getLogger("fedmed.server")
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run one federation; the report is written here unless an engine of FedMed does it."""
+    from fedmed.engines.prepare import with_absolute_paths
+    from fedmed.report.run_folder import default_out, prepare
+    from fedmed.report.write import write_report
+    from fedmed.tracking import build_callbacks
+
+    config = from_run_config(context.run_config)
+    resume = bool(context.run_config.get("resume", False))
+    if not config.out:
+        config = dataclasses.replace(config, out=str(default_out(config.name)))
+    config = with_absolute_paths(config)
+    inside_engine = config.engine.name == "ray"  # then the command line made the folder and follows the history itself
+    if not inside_engine:
+        prepare(config.out, resume)
+    callbacks = build_callbacks(config, config.out, quiet=inside_engine)
+    try:
+        summary = run_server(grid, config, callbacks=callbacks, resume=resume)
+    finally:
+        for callback in callbacks:
+            callback.close()
+    if not inside_engine:
+        log.info("report: %s", write_report(config.out, summary))
+
+
+def run_server(grid: Grid, config: Config, *, callbacks: Iterable[Callback] = (), resume: bool = False) -> dict[str, Any]:
+    """Run a federation over any Flower grid and give its summary; `config.out` is the run folder.
+
+    Raises `UserError` for what does not fit together, `QuorumLost` when too few sites answer (a checkpoint is kept).
+    """
+    from fedmed.engines.prepare import count_sites, site_file
+
+    started = time.monotonic()
+    folder = RunFolder(Path(config.out))
+    data_path = site_file(config) if config.data.path else None
+    store = CheckpointStore(folder.checkpoint)
+    checkpoint = store.read() if resume else None
+    exchange = Exchange(
+        grid, min_sites=config.federation.min_sites, plain_clients=config.federation.plain_clients,
+        start_deadline_s=config.federation.start_deadline_s, expected=count_sites(data_path) if data_path else None,
+    )  # fmt: skip
+    if checkpoint is not None:
+        exchange.known = dict(checkpoint.sites)
+    exchange.wait_for_sites()
+    facts = _facts(exchange, data_path)
+    cls = client_class(config)
+    model, activation = make_model(config, facts.task, len(facts.classes), len(facts.channels), facts.image_size)
+    layout = Layout.of(model, cls.is_personal)
+    journal = Journal(folder.history, callbacks)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.config.write_text(to_yaml(config), encoding="utf-8")
+    write_json(folder.path / "model.json", _model_facts(config, facts, activation))
+    info = {
+        "name": config.name, "out": str(folder.path), "rounds": config.federation.rounds, "start_round": checkpoint.round + 1 if checkpoint else 1,
+        "sites": list(exchange.sites), "main_metric": main_metric(facts.task), "config": to_yaml(config),
+    }  # fmt: skip
+    journal.tell("on_start", info)
+    central = _central_scorer(config, data_path, model, layout, activation, cls)
+    initial = layout.exchanged_state(model)
+    if config.strategy.name.startswith("flwr:"):
+        if resume:
+            raise UserError("a Flower strategy (strategy.name=flwr:...) cannot be resumed; start the run anew in another folder")
+        final, elapsed, selected = run_flower_strategy(grid, config, initial, journal, exchange, central), time.monotonic() - started, None
+    else:
+        strategy = make_strategy(config)
+        check_pair(strategy, cls, facts, config)
+        with_rounds = strategy.depends_on_rounds
+        loop = RoundLoop(
+            strategy, exchange, config, layout, initial, journal=journal, store=store, central=central,
+            config_hash=config_hash(config, with_rounds=with_rounds), on_best=lambda s: write_safetensors(folder.path / "model-selected.safetensors", _whole(model, s)),
+        )  # fmt: skip
+        if checkpoint is not None:
+            loop.resume(checkpoint)
+        final, elapsed, selected = loop.run(), loop.elapsed, loop.progress.best or None
+    write_safetensors(folder.model, _whole(model, final))
+    truth = read_truth(data_path) if data_path is not None else {}
+    summary = build_summary(folder.path, journal.records, config, truth, main_metric=main_metric(facts.task), seconds=elapsed)
+    if selected:
+        summary["selected"] = json_safe(selected)
+    if layout.personal:
+        summary["notes"]["personal_entries"] = f"{len(layout.personal)} entries stay at the sites; model.safetensors holds the run seed's values for them"
+    write_json(folder.summary, json_safe(summary))
+    journal.tell("on_end", summary)
+    return summary
+
+
+def make_strategy(config: Config) -> Strategy:
+    """The rule of a configuration with its arguments. Raises `UserError`."""
+    cls: type[Strategy] = resolve("strategy", config.strategy.name)
+    return cls(params_from(cls.Params, config.strategy.args, "strategy.args"))
+
+
+def check_pair(strategy: Strategy, cls: type[Client], facts: Identity, config: Config) -> None:
+    """Refuse a rule, a client and a task that do not belong together. Raises `UserError`."""
+    for role, owner, name in (("strategy", type(strategy), config.strategy.name), ("client", cls, config.client.name)):
+        if facts.task not in owner.tasks:
+            raise UserError(f"{role} {name!r} is for {', '.join(owner.tasks)}, the sites have a {facts.task} task; choose another {role} or data set")
+    leaves = {leaf.name for leaf in declared_leaves(cls, make_addons(config))}
+    missing = [name for name in strategy.requires if name not in leaves]
+    if missing and not config.federation.plain_clients:
+        raise UserError(
+            f"strategy {config.strategy.name!r} needs {', '.join(missing)} from the sites, which client {config.client.name!r} does not send; "
+            "use the client of the same method"
+        )
+
+
+def _facts(exchange: Exchange, data_path: Path | None) -> Identity:
+    """What the model is built for: the first site's identity, or the simulation's site file where all nodes are plain Flower clients."""
+    known = [identity for identity in exchange.roster.values() if not identity.plain]
+    if known:
+        return min(known, key=lambda i: i.index)
+    if data_path is None:
+        raise UserError("only plain Flower clients are online and data.path is empty; set data.path to a site file that says task, classes and image size")
+    with SiteFile.open(data_path) as file:
+        return Identity("", file.task, tuple(file.classes), tuple(file.channels), tuple(file.image_size), "", 0, plain=True)
+
+
+def _model_facts(config: Config, facts: Identity, activation: str) -> dict[str, Any]:
+    """What `fedmed.load` needs to build the model again."""
+    return {
+        "task": facts.task, "classes": list(facts.classes), "channels": list(facts.channels), "image_size": list(facts.image_size),
+        "activation": activation, "mean": config.data.mean, "std": config.data.std,
+    }  # fmt: skip
+
+
+def _whole(model: nn.Module, exchanged: State) -> State:
+    """The complete state of the model: exchanged entries, and the run seed's values of the others."""
+    return {**model.state_dict(), **exchanged}
+
+
+def _central_scorer(config: Config, data_path: Path | None, model: nn.Module, layout: Layout, activation: str, cls: type[Client]) -> Scorer | None:
+    """A function that scores the global view on items the coordinator holds, or None if there are none."""
+    choice = config.evaluation.central
+    if choice == "none" or "global" not in cls.views:
+        return None
+    path, group = (data_path, "central") if choice == "auto" else (Path(choice), None)
+    if path is None:
+        return None
+    with SiteFile.open(path) as file:
+        if group is not None and not file.central:
+            return None
+        name = group or file.sites[0].name
+        data = file.site(name, config.data.annotation, config.data.mean, config.data.std, allow_empty_train=True)
+    device = choose_device(config.engine.device)
+    scored_model, _ = make_model(config, data.task, len(data.classes), len(data.channels), data.image_size)
+    env = Env(config, data, scored_model.to(device), layout, device, activation, "central")
+    splits = [s for s in (("val", "test") if config.evaluation.select else ("test",)) if data.num_examples(s)]
+
+    def scorer(state: State, last: bool) -> dict[str, float]:
+        client = cls(env, Moment(), {})
+        client.received = state
+        client.load_view("global")
+        metrics: dict[str, float] = {}
+        for split in splits:
+            metrics[f"n/{split}"] = data.num_examples(split)
+            scored = score(client, split, "global", hd95=config.evaluation.hd95 and last)
+            metrics.update({f"{split}/global/{key}": value for key, value in scored.metrics.items()})
+        return metrics
+
+    return scorer

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from fedmed.report import tables
+
+
+def summary(values: dict[str, float | None], **other: Any) -> dict[str, Any]:
+    """Smallest summary the tables accept."""
+    return {
+        "name": "x",
+        "main_metric": "dice",
+        "judged_by": "test/global",
+        "sites": {site: {"n": 5, "round": 3, "dice": value} for site, value in values.items()},
+        "central": {"last": {}, "selected": {}},
+        "noisy_sites": {},
+        "failures": [],
+        "rounds": 3,
+        "seconds": 65.0,
+        **other,
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "-"), (math.nan, "-"), (3, "3"), (0.12345, "0.123"), ("a", "a"), (1.0, "1.000")]
+)
+def test_show(value: Any, text: str) -> None:
+    assert tables.show(value) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(8.12, "8.1 s"), (65, "1:05"), (3600 + 62, "1:01:02"), (math.nan, "-")])
+def test_clock(seconds: float, text: str) -> None:
+    assert tables.clock(seconds) == text
+
+
+def test_text_table_is_aligned() -> None:
+    assert tables.text_table(["a", "n"], [["site_b", "1"], ["mean", "10"]], rules=(1,)).splitlines() == [
+        "a        n",
+        "------  --",
+        "site_b   1",
+        "------  --",
+        "mean    10",
+    ]
+
+
+def test_site_table_rows_and_marks() -> None:
+    noisy = {"believed": ["b"], "true": ["a", "b"], "precision": 1.0, "recall": 0.5}
+    header, rows, count = tables.site_table(summary({"a": 0.5, "b": None, "c": 0.75}, noisy_sites=noisy))
+    assert header == ["site", "n", "dice", "noisy"] and count == 3
+    assert rows[0] == ["a", "5", "0.500", "true"]
+    assert rows[1] == ["b", "5", "-", "true + believed"]
+    assert [r[2] for r in rows[3:]] == ["0.625", "0.500", "0.250"]
+
+
+def test_render_says_what_failed_and_what_was_found() -> None:
+    noisy = {"believed": ["b"], "true": ["a", "b"], "precision": 1.0, "recall": 0.5}
+    failures = [{"round": 2, "phase": "train", "site": "b", "reason": "too late"}]
+    central = {"last": {"round": 3, "test/global/dice": 0.6}, "selected": {}}
+    text = tables.render(summary({"a": 0.5}, noisy_sites=noisy, failures=failures, central=central))
+    assert "precision 1.00, recall 0.50" in text
+    assert "failed answers: 1; the last: round 2, train, b: too late" in text
+    assert "central test, last round (3): dice 0.600" in text
+    assert text.endswith("3 rounds in 1:05")
+    assert "no site took part" in tables.render(summary({}))
+
+
+def test_markdown_escapes_bars() -> None:
+    assert tables.markdown_table(["a|b", "n"], [["x", "1"]]) == "| a\\|b | n |\n| :-- | --: |\n| x | 1 |"
+
+
+def with_central(value: float | None, sites: float, metric: str = "dice") -> dict[str, Any]:
+    """Summary of an arm with one site and, if given, a central value."""
+    result = summary({"a": sites}, main_metric=metric)
+    result["sites"] = {"a": {"n": 1, metric: sites}}
+    if value is not None:
+        result["central"] = {"last": {"round": 3, f"test/global/{metric}": value}}
+    return result
+
+
+def test_verdict_is_honest() -> None:
+    better = tables.verdict({"base": with_central(0.5, 0.9), "new": with_central(0.6, 0.1)})
+    assert "new is better than base by 0.100 in central test dice" in better and "One seed each" in better
+    worse = tables.verdict({"base": with_central(None, 0.5), "new": with_central(0.6, 0.4)})
+    assert "new is worse than base by 0.100 in mean dice of the sites" in worse
+    assert "equals" in tables.verdict({"base": with_central(0.5, 0), "new": with_central(0.5001, 0)})
+    assert "cannot be compared" in tables.verdict(
+        {"base": with_central(None, math.nan), "new": with_central(None, 0.5)}
+    )
+    assert "nothing to compare" in tables.verdict({"base": with_central(0.5, 0.5)})
+    distance = tables.verdict({"base": with_central(9.0, 0, "hd95"), "new": with_central(5.0, 0, "hd95")})
+    assert "new is better than base by 4.000" in distance
+
+
+def test_comparison_table() -> None:
+    header, rows = tables.comparison_table({"base": with_central(0.5, 0.9), "new": with_central(None, 0.1)})
+    assert header[1] == "dice (mean of sites)"
+    assert rows[0] == ["base", "0.900", "0.900", "0.000", "0.500", "3", "1:05"]
+    assert rows[1][4] == "-"
