@@ -54,7 +54,7 @@ def report_text(
     noise = f" with `{first.data.corruption.name}`" if first.data.corruption.name else ""
     parts = [
         "# Demo: " + " against ".join(configs),
-        f"Data `{first.data.path}`{noise}, {first.federation.rounds} rounds, seed {first.seed}, values of the last round. "
+        f"Data `{first.data.path}`{noise}, {first.federation.rounds} rounds, seed {first.seed}; last round's values. "
         "Data, loss, initial weights and data order are the same in all arms unless the list below says otherwise.",
         table,
         sentence,

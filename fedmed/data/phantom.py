@@ -21,7 +21,7 @@ from fedmed.data.writer import SiteArrays, write_site_file
 from fedmed.errors import UserError
 
 PHANTOM_KINDS = ("segmentation", "classification", "multilabel", "multimodal")
-PHANTOM_VERSION = 1  # raise when the same arguments give other pixels
+PHANTOM_VERSION = 2  # raise when the same arguments give other pixels
 SLICES = 4  # neighbouring slices of a multimodal case
 BLOCK = 64  # images drawn at once (a multiple of SLICES)
 FOLDS = ("train", "train", "test", "train", "train", "val", "train", "train", "test", "train")  # 70/10/20
@@ -70,23 +70,14 @@ def make_phantom(
     missing_contrasts: multimodal only, whether some sites lack a contrast (stored as zeros, `modality_present` 0; FLAIR
     is always there and site 0, 3, 6, ... is complete). Raises UserError for unusable arguments.
     """
-    counts = _check(
-        kind, num_sites, images_per_site, image_size, channels, lesions, tail, (site_shift, case_mix, difficulty)
-    )
-    options = _Options(kind, image_size, channels or (3 if kind == "segmentation" else 0), lesions, difficulty, tail)
-    sites = []
-    for index, count in enumerate(counts):
-        rngs = {
-            name: np.random.default_rng(np.random.SeedSequence(entropy=seed, spawn_key=(index, purpose)))
-            for purpose, name in enumerate(_PURPOSES)
-        }
-        style, case, skew = _draw_site(rngs["style"], options, site_shift, case_mix)
-        sites.append(_make_site(index, count, options, style, case, skew, rngs, missing_contrasts))
+    options = _Options(kind, image_size, channels, lesions, site_shift, case_mix, difficulty, tail, missing_contrasts)
+    counts = _check(options, num_sites, images_per_site, seed)
+    sites = [_make_site(index, count, options, seed) for index, count in enumerate(counts)]
     meta = {
         "name": f"phantom_{kind}",
         "task": "segmentation" if kind == "multimodal" else kind,
         "classes": list(_CLASSES[kind]),
-        "channels": _channel_names(options),
+        "channels": options.channel_names,
         "image_size": [image_size, image_size],
         "modality": "synthetic",
         "source": f"fedmed phantom {PHANTOM_VERSION}, seed {seed}",
@@ -105,64 +96,60 @@ _CLASSES = {
 
 @dataclass(frozen=True)
 class _Options:
+    """Arguments of `make_phantom` that shape the images."""
+
     kind: str
     size: int
-    channels: int
+    channels: int | None
     lesions: int
+    site_shift: float
+    case_mix: float
     difficulty: float
     tail: float
+    missing: bool
+
+    @property
+    def channel_names(self) -> list[str]:
+        if self.kind == "multimodal":
+            return list(scenes.CONTRASTS)
+        return ["grey"] if self.kind == "multilabel" or self.channels == 1 else ["R", "G", "B"]
 
 
-def _check(
-    kind: str,
-    num_sites: int,
-    images_per_site: int | Sequence[int],
-    image_size: int,
-    channels: int | None,
-    lesions: int,
-    tail: float,
-    strengths: tuple[float, ...],
-) -> list[int]:
+def _check(options: _Options, num_sites: int, images_per_site: int | Sequence[int], seed: int) -> list[int]:
+    """Refuse unusable arguments with a UserError; return the number of images of each site."""
+    kind = options.kind
     if kind not in PHANTOM_KINDS:
         raise UserError(f"No phantom {kind!r}{nearest(kind, PHANTOM_KINDS)}")
-    if num_sites < 1:
-        raise UserError(f"data.phantom.num_sites must be at least 1, got {num_sites}.")
-    single = isinstance(images_per_site, (int, np.integer))
-    counts = [int(images_per_site)] * num_sites if single else [int(c) for c in images_per_site]  # type: ignore[union-attr, arg-type]
+    counts = list(images_per_site) if isinstance(images_per_site, Sequence) else [images_per_site] * int(num_sites)
+    for name, value, least in (
+        ("num_sites", num_sites, 1),
+        ("image_size", options.size, 16),
+        ("lesions", options.lesions, 1),
+        ("seed", seed, 0),
+        *(("images_per_site", count, 10) for count in counts),  # 7 to train, 1 to validate, 2 to test
+    ):
+        if not isinstance(value, (int, np.integer)) or value < least:
+            raise UserError(f"data.phantom.{name} must be an integer of at least {least}, got {value!r}.")
     if len(counts) != num_sites:
         raise UserError(
             f"data.phantom.images_per_site lists {len(counts)} sites, num_sites is {num_sites}. Make them agree."
         )
-    if min(counts) < 10:
-        raise UserError(
-            "data.phantom.images_per_site must be at least 10 (7 to train, 1 to validate, 2 to test), got "
-            f"{min(counts)}."
-        )
-    if image_size < 16:
-        raise UserError(f"data.phantom.image_size must be at least 16 pixels, got {image_size}.")
     allowed = {"segmentation": (1, 3), "multilabel": (1,)}.get(kind, (3,))
-    if channels is not None and channels not in allowed:
-        raise UserError(f"data.phantom.channels for {kind} must be {' or '.join(map(str, allowed))}, got {channels}.")
-    if lesions < 1 or not 0 < tail <= 1 or min(strengths) < 0:
+    if options.channels is not None and options.channels not in allowed:
+        number = " or ".join(map(str, allowed))
+        raise UserError(f"data.phantom.channels for {kind} must be {number}, got {options.channels}.")
+    if not 0 < options.tail <= 1 or min(options.site_shift, options.case_mix, options.difficulty) < 0:
         raise UserError(
-            "data.phantom: need lesions >= 1, 0 < tail <= 1 and site_shift, case_mix, difficulty >= 0, "
-            f"got lesions={lesions}, tail={tail}, strengths {strengths}."
+            "data.phantom: need 0 < tail <= 1 and site_shift, case_mix, difficulty >= 0, got "
+            f"tail={options.tail}, {options.site_shift}, {options.case_mix}, {options.difficulty}."
         )
-    return counts
+    return [int(count) for count in counts]
 
 
-def _channel_names(options: _Options) -> list[str]:
-    if options.kind == "multimodal":
-        return list(scenes.CONTRASTS)
-    grey = options.kind == "multilabel" or options.channels == 1
-    return ["grey"] if grey else ["R", "G", "B"]
-
-
-def _draw_site(
-    rng: np.random.Generator, options: _Options, shift: float, mix: float
-) -> tuple[Style, scenes.CaseMix, np.ndarray]:
+def _draw_site(rng: np.random.Generator, options: _Options) -> tuple[Style, scenes.CaseMix, np.ndarray]:
     """Appearance, case mix and class factors (6,) of a site. Strength 0 gives every site the same."""
-    colour = options.kind == "classification" or (options.kind == "segmentation" and options.channels == 3)
+    shift, mix = options.site_shift, options.case_mix
+    colour = options.channel_names == ["R", "G", "B"]
     number = 3 if colour or options.kind == "multimodal" else 1
     signed = rng.uniform(-1, 1, 3 + number)
     positive = rng.uniform(0, 1, 3)
@@ -183,16 +170,12 @@ def _draw_site(
     return style, case, np.exp(0.9 * mix * rng.standard_normal(6))
 
 
-def _make_site(
-    index: int,
-    count: int,
-    options: _Options,
-    style: Style,
-    case: scenes.CaseMix,
-    skew: np.ndarray,
-    rngs: dict[str, np.random.Generator],
-    missing: bool,
-) -> SiteArrays:
+def _make_site(index: int, count: int, options: _Options, seed: int) -> SiteArrays:
+    rngs = {
+        name: np.random.default_rng(np.random.SeedSequence(entropy=seed, spawn_key=(index, purpose)))
+        for purpose, name in enumerate(_PURPOSES)
+    }
+    style, case, skew = _draw_site(rngs["style"], options)
     labels = _draw_labels(rngs["cases"], count, options, skew)
     images, masks = [], []
     for start in range(0, count, BLOCK):
@@ -206,7 +189,7 @@ def _make_site(
     group = np.arange(count) // per_case
     extras: dict[str, np.ndarray] = {}
     if options.kind == "multimodal":
-        present = _present_contrasts(index if missing else 0, group)
+        present = _present_contrasts(index if options.missing else 0, group)
         pixels *= present[:, None, None, :]
         extras = {"modality_present": present, "slice_no": (np.arange(count) % per_case).astype(np.int32)}
     if pixels.shape[-1] == 1:

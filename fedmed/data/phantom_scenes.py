@@ -297,7 +297,8 @@ def _tumour(
     body = soft(inside, fuzz)
     strength = np.repeat(np.maximum(case.contrast * uniform(rng, 0.6, 1.15, cases), 0.55), per_case)
     uneven = 1 + 0.2 * smooth_noise(rng, len(image), size, 0.06)
-    image[..., 1] += 0.34 * column(strength) * body * uneven
+    bright = 0.8 * np.clip(column(strength) * body * uneven, 0, 1)  # covers ventricles as well
+    image[..., 1] += (0.85 - image[..., 1]) * bright
     image[..., 0] -= 0.14 * column(strength) * body
     image[..., 2] -= 0.12 * column(strength) * body
     enhancing = np.repeat(uniform(rng, 0, 0.45, cases), per_case)

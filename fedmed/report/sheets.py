@@ -41,7 +41,8 @@ def contact_sheet(
         with SiteFile.open(file) as sites:
             for info in sites.sites[:max_sites]:
                 data = sites.site(info.group or info.name, allow_empty_train=True)
-                rows.append((info.name, *_row(data, per_site, tile, np.random.default_rng([seed, info.n]))))
+                title = info.name if len(paths) == 1 else f"{Path(file).stem}\n{info.name}"
+                rows.append((title, *_row(data, per_site, tile, np.random.default_rng([seed, info.n]))))
     width = max(strip.shape[1] for _, strip, _ in rows)
     heights = [strip.shape[0] + (14 if any(captions) else 0) + GAP for _, strip, captions in rows]
     dpi, margin = 100, 78

@@ -16,7 +16,7 @@ from fedmed.data.writer import SiteArrays, write_site_file
 META = {"task": "segmentation", "classes": ["background", "lesion"], "channels": ["R", "G", "B"], "image_size": [8, 8]}
 
 
-def make_site(name: str = "alpha", seed: int = 0, n: int = 10) -> SiteArrays:
+def _make_site(name: str = "alpha", seed: int = 0, n: int = 10) -> SiteArrays:
     """n random RGB images of 8 x 8 with masks; 6 train, 1 validation, 3 test."""
     rng = np.random.default_rng(seed)
     return SiteArrays(
@@ -28,9 +28,21 @@ def make_site(name: str = "alpha", seed: int = 0, n: int = 10) -> SiteArrays:
 
 
 @pytest.fixture
+def make_site() -> Callable[..., SiteArrays]:
+    """Maker of random segmentation sites: make_site(name, seed, n)."""
+    return _make_site
+
+
+@pytest.fixture
+def meta() -> dict[str, object]:
+    """Root attributes that fit the sites of `make_site`."""
+    return dict(META)
+
+
+@pytest.fixture
 def seg_file(tmp_path: Path) -> Path:
     """Two segmentation sites, alpha and beta."""
-    return write_site_file(tmp_path / "seg.h5", META, [make_site("alpha", 0), make_site("beta", 1)])
+    return write_site_file(tmp_path / "seg.h5", META, [_make_site("alpha", 0), _make_site("beta", 1)])
 
 
 @pytest.fixture

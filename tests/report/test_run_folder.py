@@ -86,7 +86,7 @@ def test_torn_last_line_is_skipped_and_a_broken_one_is_not(tmp_path: Path) -> No
     path.write_text('{"round": 1}\n{"rou\n{"round": 3}\n')
     with pytest.raises(UserError, match="line 2"):
         read_history(path)
-    with pytest.raises(UserError, match="is .* a run folder"):
+    with pytest.raises(UserError, match=r"is .* a run folder"):
         read_history(tmp_path / "other" / "history.jsonl")
 
 

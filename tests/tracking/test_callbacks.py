@@ -134,7 +134,7 @@ class FakeWandb(ModuleType):
         """Stands for wandb.init."""
         return self._call("init", settings)
 
-    def Settings(self, **settings: Any) -> dict[str, Any]:  # noqa: N802 - the name wandb gives it
+    def Settings(self, **settings: Any) -> dict[str, Any]:
         """Stands for wandb.Settings."""
         return settings
 

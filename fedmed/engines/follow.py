@@ -1,0 +1,106 @@
+"""The Ray engine seen from the command line: the run goes on in other processes, and this one follows its history file."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fedmed.config import Config, to_yaml
+from fedmed.federation.history import Callback, Journal, Record
+from fedmed.report.run_folder import RunFolder, read_json
+
+_LOOK_S = 0.3
+
+
+class HistoryFollower:
+    """Tells callbacks what another process writes into `history.jsonl`: every record, and a round when its first later record turns up."""
+
+    def __init__(self, path: Path, start_round: int, callbacks: Iterable[Callback]) -> None:
+        self._path = path
+        self._journal = Journal(None, callbacks)
+        self._offset = path.stat().st_size if path.exists() else 0
+        self._rest = b""
+        self._started = time.monotonic()
+        self._records: list[Record] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="history", daemon=True)
+
+    def tell(self, event: str, *args: Any) -> None:
+        """Pass one event on."""
+        self._journal.tell(event, *args)
+
+    def __enter__(self) -> HistoryFollower:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5)
+        self.look()
+        self._finish_round()
+
+    def _follow(self) -> None:
+        while not self._stop.wait(_LOOK_S):
+            self.look()
+
+    def look(self) -> None:
+        """Read what came since the last look; the server writes whole rounds at once."""
+        if not self._path.exists():
+            return
+        size = self._path.stat().st_size
+        if size < self._offset:  # a resumed run cut the file back to its checkpoint
+            self._offset, self._rest = size, b""
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            new = file.read()
+        self._offset += len(new)
+        *lines, self._rest = (self._rest + new).split(b"\n")
+        for line in lines:
+            self._take(json.loads(line))
+        if lines:
+            self._finish_round()
+
+    def _take(self, record: Record) -> None:
+        self._records.append(record)
+        self._journal.tell("on_record", record)
+
+    def _finish_round(self) -> None:
+        if self._records:
+            number = max(int(r["round"]) for r in self._records)
+            self._journal.tell("on_round", number, self._records, time.monotonic() - self._started)
+            self._records = []
+
+
+def run_ray(config: Config, num_sites: int, *, resume: bool, callbacks: Iterable[Callback]) -> dict[str, Any]:
+    """Run on the Ray engine and give the summary; callbacks hear of every round as it is written."""
+    from fedmed.engines.ray import run
+    from fedmed.federation.checkpoint import CheckpointStore
+
+    folder = RunFolder(Path(config.out))
+    rounds = CheckpointStore(folder.checkpoint).rounds() if resume else []
+    start_round = rounds[-1] + 1 if rounds else 1
+    with HistoryFollower(folder.history, start_round, callbacks) as follower:
+        follower.tell(
+            "on_start",
+            {
+                "name": config.name, "out": str(folder.path), "rounds": config.federation.rounds, "start_round": start_round,
+                "sites": [], "main_metric": _main_metric(config), "config": to_yaml(config),
+            },
+        )  # fmt: skip
+        run(config, folder.path, resume=resume, num_sites=num_sites)
+    summary: dict[str, Any] = read_json(folder.summary)
+    follower.tell("on_end", summary)
+    return summary
+
+
+def _main_metric(config: Config) -> str:
+    from fedmed.data.site_file import SiteFile
+    from fedmed.engines.prepare import site_file
+    from fedmed.metrics import main_metric
+
+    with SiteFile.open(site_file(config)) as file:
+        return main_metric(file.task)
