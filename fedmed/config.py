@@ -243,6 +243,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     elif dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
         return build(typing.cast(type, kind), value, where)
     elif origin is dict or kind is dict:
+        if value is None:
+            return {}  # `args=null` clears what was inherited
         if isinstance(value, Mapping):
             inner_kind = arguments[1] if arguments else Any
             return {str(k): _convert(inner_kind, v, f"{where}.{k}") for k, v in value.items()}
@@ -421,8 +423,9 @@ def load_config(experiment: str | Path, overrides: Iterable[str] = ()) -> Config
 
     path = find_experiment(experiment)
     try:
-        # A step or model named anew takes no argument from the one it replaces.
-        tree = OmegaConf.merge({"name": path.stem}, _load_tree(path), parse_overrides(overrides))
+        tree = OmegaConf.merge({"name": path.stem}, _load_tree(path))
+        for word in overrides:  # one after the other: `strategy.args=null` clears what came before it, not what follows
+            tree = OmegaConf.merge(tree, parse_overrides([word]))
         plain = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{path.name}: {' '.join(str(error).split())}") from error

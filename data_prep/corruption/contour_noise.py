@@ -216,7 +216,8 @@ class ContourNoise:
             raise ValueError(f"need 0 <= shrink_fraction <= 1, got {self.shrink_fraction}")
 
     def apply(self, pool: TrainPool, seed: Seed) -> Corrupted:
-        """Noisy masks of the pool; facts: mean_dice, noise_rate (1 - mean Dice), is_noisy, mu, sigma, direction."""
+        """Noisy masks of the pool; facts: mean_dice, noise_rate (1 - mean Dice), mu, sigma, direction, and
+        is_noisy: a mean Dice below the mean over the sites."""
         shrinkers = self.num_shrinkers
         if shrinkers is None:
             shrinkers = int(self.shrink_fraction * pool.num_clients)
@@ -239,11 +240,12 @@ class ContourNoise:
             facts.append(
                 {
                     "noise_rate": 1.0 - dice,
-                    "is_noisy": bool(scores) and dice < 1.0,
                     "mean_dice": dice,
                     "mu": mean,
                     "sigma": std,
                     "direction": "expansion" if mean >= 0 else "shrinkage",
                 }
             )
-        return Corrupted(noisy, tuple(facts))
+        # Every site is off a little here; the ones a method should trust less are those below the mean.
+        average = float(np.mean([f["mean_dice"] for f in facts]))
+        return Corrupted(noisy, tuple({**f, "is_noisy": f["mean_dice"] < average} for f in facts))

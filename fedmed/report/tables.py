@@ -13,6 +13,7 @@ from fedmed.report.summary import lower_is_better, mean, number, spread, worst
 
 Rows = list[list[str]]
 
+_NO_METRIC = ("n", "round", "both_empty")  # counts that have no better or worse
 _MAX_METRICS = 5  # columns beyond these make a terminal line wrap
 
 
@@ -74,7 +75,7 @@ def _metric_columns(summary: Mapping[str, Any]) -> list[str]:
         key
         for result in summary["sites"].values()
         for key, value in result.items()
-        if key not in ("n", "round") and "/" not in key and isinstance(value, (int, float, type(None)))
+        if key not in _NO_METRIC and "/" not in key and isinstance(value, (int, float, type(None)))
     )
     main = summary.get("main_metric")
     others = [name for name in seen if name != main and not re.search(r"[_.]\d+$", name)]
@@ -196,7 +197,4 @@ def verdict(summaries: Mapping[str, Mapping[str, Any]]) -> str:
             parts.append(f"{name} is {'better' if better else 'worse'} than {base} by {abs(gain):.3f} in {what}")
     if not parts:
         return "One arm only: nothing to compare."
-    return (
-        "; ".join(parts)
-        + ". One seed each: a difference of this size can be chance; repeat with other seeds before believing it."
-    )
+    return "; ".join(parts) + ". One seed each, so this can be chance: repeat it with other seeds before believing it."
