@@ -192,6 +192,8 @@ _BOUNDS = {
     "seed": (0, True),
     "data.resize": (0, False),
     "optimizer.lr": (0, False),
+    "optimizer.momentum": (0, True),
+    "optimizer.weight_decay": (0, True),
     "training.epochs": (0, False),
     "training.max_steps": (0, False),
     "training.batch_size": (0, False),
@@ -207,6 +209,7 @@ _BOUNDS = {
     "evaluation.every": (0, False),
     "engine.threads": (0, False),
     "engine.cpus_per_client": (0, False),
+    "engine.gpus_per_client": (0, True),
 }
 _UPPER = {"federation.fraction": 1.0, "federation.quorum": 1.0}
 
@@ -312,11 +315,14 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
             raise UserError(f"{key}: expected one of {', '.join(choices)}, got {value!r}{nearest(str(value), choices)}")
     for key, (bound, inclusive) in _BOUNDS.items():
         value = get(config, key)
-        if value is not None and (value < bound or (value == bound and not inclusive)):
+        if value is not None and not (value >= bound if inclusive else value > bound):  # NaN is out of every range
             raise UserError(f"{key}: expected a value {'>=' if inclusive else '>'} {bound}, got {value}")
     for key, upper in _UPPER.items():
         if get(config, key) > upper:
             raise UserError(f"{key}: expected a value <= {upper}, got {get(config, key)}")
+    betas = config.optimizer.betas
+    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        raise UserError(f"optimizer.betas: expected two values >= 0 and < 1, got {betas}")
     return config
 
 

@@ -13,13 +13,14 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from torch import nn
 
-from fedmed.config import Config, config_hash, from_run_config, params_from, to_yaml
+from fedmed.config import Config, config_hash, from_run_config, nearest, params_from, to_yaml
+from fedmed.data.augment import Augment
 from fedmed.data.site_file import SiteFile, read_truth
 from fedmed.errors import UserError
-from fedmed.federation.checkpoint import CheckpointStore, write_json, write_safetensors
+from fedmed.federation.checkpoint import Checkpoint, CheckpointStore, write_json, write_safetensors
 from fedmed.federation.client import Client, Env, Moment, declared_leaves
 from fedmed.federation.exchange import Exchange
-from fedmed.federation.foreign import run_flower_strategy
+from fedmed.federation.foreign import flower_strategy, run_flower_strategy
 from fedmed.federation.history import Callback, Journal
 from fedmed.federation.layout import Layout
 from fedmed.federation.messages import Identity
@@ -31,11 +32,13 @@ from fedmed.federation.state import State
 from fedmed.federation.strategy import Strategy
 from fedmed.metrics import main_metric
 from fedmed.registry import resolve
-from fedmed.report.run_folder import RunFolder
+from fedmed.report.run_folder import RunFolder, write_text
 from fedmed.report.summary import build_summary
 
 log = logging.getLogger("fedmed.server")
 app = ServerApp()
+# Metrics a round can be chosen by, per task; hd95 is measured in the last evaluation only.
+_SELECTABLE = {"segmentation": ("dice", "missed_fraction"), "classification": ("acc", "bacc", "auc", "f1"), "multilabel": ("auc", "map", "f1")}
 
 
 @app.main()
@@ -75,7 +78,7 @@ def run_server(grid: Grid, config: Config, *, callbacks: Iterable[Callback] = ()
     folder = RunFolder(Path(config.out))
     data_path = site_file(config) if config.data.path else None
     store = CheckpointStore(folder.checkpoint)
-    checkpoint = store.read() if resume else None
+    checkpoint = _checkpoint(store, config, resume)
     exchange = Exchange(
         grid, min_sites=config.federation.min_sites, plain_clients=config.federation.plain_clients,
         start_deadline_s=config.federation.start_deadline_s, expected=count_sites(data_path) if data_path else None,
@@ -88,41 +91,63 @@ def run_server(grid: Grid, config: Config, *, callbacks: Iterable[Callback] = ()
     model, activation = make_model(config, facts.task, len(facts.classes), len(facts.channels), facts.image_size)
     layout = Layout.of(model, cls.is_personal)
     journal = Journal(folder.history, callbacks)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    folder.config.write_text(to_yaml(config), encoding="utf-8")
+    central = _central_scorer(config, data_path, model, layout, activation, cls)
+    check_selection(config, facts.task, central is not None)
+    initial = layout.exchanged_state(model)
+    loop = rule = None
+    if config.strategy.name.startswith("flwr:"):
+        rule = flower_strategy(config)
+        check_client(cls, facts, config)
+    else:
+        strategy = make_strategy(config)
+        check_pair(strategy, cls, facts, config)
+        loop = RoundLoop(
+            strategy, exchange, config, layout, initial, journal=journal, store=store, central=central,
+            config_hash=config_hash(config, with_rounds=strategy.depends_on_rounds),
+            on_best=lambda s: write_safetensors(folder.path / "model-selected.safetensors", _whole(model, s)),
+        )  # fmt: skip
+    if loop is not None and checkpoint is not None:
+        loop.resume(checkpoint)
+    else:
+        journal.restore(0)  # what an earlier attempt left before its first checkpoint
+    # Everything fits; only from here on is anything written.
+    write_text(folder.config, to_yaml(config))
     write_json(folder.path / "model.json", _model_facts(config, facts, activation))
     info = {
         "name": config.name, "out": str(folder.path), "rounds": config.federation.rounds, "start_round": checkpoint.round + 1 if checkpoint else 1,
         "sites": list(exchange.sites), "main_metric": main_metric(facts.task), "config": to_yaml(config),
     }  # fmt: skip
     journal.tell("on_start", info)
-    central = _central_scorer(config, data_path, model, layout, activation, cls)
-    initial = layout.exchanged_state(model)
-    if config.strategy.name.startswith("flwr:"):
-        if resume:
-            raise UserError("a Flower strategy (strategy.name=flwr:...) cannot be resumed; start the run anew in another folder")
-        final, elapsed, selected = run_flower_strategy(grid, config, initial, journal, exchange, central), time.monotonic() - started, None
+    if loop is not None:
+        final, elapsed, selected = loop.run(), loop.elapsed, loop.progress.best
     else:
-        strategy = make_strategy(config)
-        check_pair(strategy, cls, facts, config)
-        with_rounds = strategy.depends_on_rounds
-        loop = RoundLoop(
-            strategy, exchange, config, layout, initial, journal=journal, store=store, central=central,
-            config_hash=config_hash(config, with_rounds=with_rounds), on_best=lambda s: write_safetensors(folder.path / "model-selected.safetensors", _whole(model, s)),
-        )  # fmt: skip
-        if checkpoint is not None:
-            loop.resume(checkpoint)
-        final, elapsed, selected = loop.run(), loop.elapsed, loop.progress.best or None
+        final, selected = run_flower_strategy(rule, grid, config, initial, journal, exchange, central), {}
+        elapsed = time.monotonic() - started
     write_safetensors(folder.model, _whole(model, final))
     truth = read_truth(data_path) if data_path is not None else {}
     summary = build_summary(folder.path, journal.records, config, truth, main_metric=main_metric(facts.task), seconds=elapsed)
     if selected:
         summary["selected"] = json_safe(selected)
+        scored = [r["metrics"] for r in journal.records if r["phase"] == "central" and r["round"] == selected["round"]]
+        summary["central"]["selected"] = {"round": selected["round"], **scored[-1]} if scored else {}
     if layout.personal:
         summary["notes"]["personal_entries"] = f"{len(layout.personal)} entries stay at the sites; model.safetensors holds the run seed's values for them"
     write_json(folder.summary, json_safe(summary))
     journal.tell("on_end", summary)
     return summary
+
+
+def _checkpoint(store: CheckpointStore, config: Config, resume: bool) -> Checkpoint | None:
+    """The checkpoint to go on from, if any. Raises `UserError` rather than run over the one of an earlier run."""
+    if resume and config.strategy.name.startswith("flwr:"):
+        raise UserError("a Flower strategy (strategy.name=flwr:...) cannot be resumed; start the run anew in another folder")
+    if resume:
+        return store.read()
+    if store.rounds():
+        raise UserError(
+            f"{store.folder.parent} holds a run that reached round {store.rounds()[-1]}; resume it (resume=True, --resume) or choose another folder"
+        )
+    return None
 
 
 def make_strategy(config: Config) -> Strategy:
@@ -131,11 +156,39 @@ def make_strategy(config: Config) -> Strategy:
     return cls(params_from(cls.Params, config.strategy.args, "strategy.args"))
 
 
+def _check_task(role: str, tasks: tuple[str, ...], name: str, facts: Identity) -> None:
+    if facts.task not in tasks:
+        raise UserError(f"{role} {name!r} is for {', '.join(tasks)}, the sites have a {facts.task} task; choose another {role} or data set")
+
+
+def check_client(cls: type[Client], facts: Identity, config: Config) -> None:
+    """Refuse a client that is not for the task of the sites, and arguments no site would accept. Raises `UserError`."""
+    if config.federation.plain_clients:
+        return
+    _check_task("client", cls.tasks, config.client.name, facts)
+    params_from(cls.Params, config.client.args, "client.args")
+    make_addons(config)
+    Augment(config.data.augment)
+
+
+def check_selection(config: Config, task: str, has_central: bool) -> None:
+    """Refuse a choice of the best round that could never be made. Raises `UserError`."""
+    metric = config.evaluation.select
+    if metric is None:
+        return
+    if metric not in _SELECTABLE[task]:
+        raise UserError(f"evaluation.select: {task} is not scored by {metric!r} every round{nearest(metric, _SELECTABLE[task])}")
+    if not has_central and not (config.evaluation.sites and config.evaluation.mode == "separate"):
+        raise UserError(
+            "evaluation.select needs scores of the global model on validation items: evaluation.sites=true with evaluation.mode=separate, "
+            "or items the coordinator holds (evaluation.central)"
+        )
+
+
 def check_pair(strategy: Strategy, cls: type[Client], facts: Identity, config: Config) -> None:
     """Refuse a rule, a client and a task that do not belong together. Raises `UserError`."""
-    for role, owner, name in (("strategy", type(strategy), config.strategy.name), ("client", cls, config.client.name)):
-        if facts.task not in owner.tasks:
-            raise UserError(f"{role} {name!r} is for {', '.join(owner.tasks)}, the sites have a {facts.task} task; choose another {role} or data set")
+    _check_task("strategy", strategy.tasks, config.strategy.name, facts)
+    check_client(cls, facts, config)
     leaves = {leaf.name for leaf in declared_leaves(cls, make_addons(config))}
     missing = [name for name in strategy.requires if name not in leaves]
     if missing and not config.federation.plain_clients:

@@ -114,13 +114,13 @@ def run_demo(
     summaries, histories = _run_arms(configs, folder, quiet, note, again)
 
     header, rows = tables.comparison_table(summaries)
-    sentence, remarks = tables.verdict(summaries), unshared(configs)
     base = next(iter(summaries.values()))
+    key = f"{base['judged_by']}/{base['main_metric']}" if base.get("judged_by") else None
+    sentence, remarks = tables.verdict(histories, key), unshared(configs)
     drawn: list[Path] = []
     if not figures.available():
         note(figures.NO_MATPLOTLIB)
-    elif base.get("judged_by"):
-        key = f"{base['judged_by']}/{base['main_metric']}"
+    elif key is not None:
         figure = figures.plot_comparison(histories, folder / "figures" / "comparison.png", key, title="Demo")
         drawn += [figure] if figure else []
     write_json(folder / "summary.json", {"arms": summaries, "comparison": sentence, "not_shared": remarks})

@@ -49,6 +49,10 @@ _HINTS = (
         "ActorDiedError",
         "a client process died, often for lack of memory: raise engine.cpus_per_client, so that fewer run at once",
     ),
+    (
+        "No heartbeat received",
+        "the process of the server app was killed, often by the system for lack of memory",
+    ),
 )
 
 

@@ -79,12 +79,13 @@ def flatten(value: Any, arrays: State, place: str = "") -> Any:
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, Tensor):
-        arrays[place] = value
-        return {"__tensor__": place}
-    if isinstance(value, np.ndarray):
-        arrays[place] = torch.from_numpy(np.ascontiguousarray(value)).reshape(value.shape)
-        return {"__array__": place}
+    if isinstance(value, (Tensor, np.ndarray)):
+        key = place if place not in arrays else f"{place}#{len(arrays)}"  # {1: a, "1": b} and names with a slash
+        if isinstance(value, Tensor):
+            arrays[key] = value
+            return {"__tensor__": key}
+        arrays[key] = torch.from_numpy(np.ascontiguousarray(value)).reshape(value.shape)
+        return {"__array__": key}
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, dict):
@@ -146,8 +147,8 @@ class CheckpointStore:
         folder = self.folder / f"round-{rounds[-1]:05d}"
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
+            arrays = read_safetensors(folder / "strategy.safetensors")
+            strategy = {name: unflatten(tree, arrays) for name, tree in meta.pop("strategy").items()}
+            return Checkpoint(model=read_safetensors(folder / "model.safetensors"), strategy=strategy, **meta)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
             raise UserError(f"the checkpoint {folder} is damaged ({error}); remove this folder to go on from the one before") from error
-        arrays = read_safetensors(folder / "strategy.safetensors")
-        strategy = {name: unflatten(tree, arrays) for name, tree in meta.pop("strategy").items()}
-        return Checkpoint(model=read_safetensors(folder / "model.safetensors"), strategy=strategy, **meta)

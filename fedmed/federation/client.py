@@ -6,6 +6,7 @@ A client object lives for one message. Nothing important hides on it: what must 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -50,13 +51,18 @@ class Env:
 
 @dataclass(frozen=True)
 class Moment:
-    """Where in the run a message stands. `round` counts from 1."""
+    """Where in the run a message stands. `round` counts from 1.
+
+    `personal_round`: the last round whose reply the server accepted from this site; `durable_round`: the same as the server's newest
+    checkpoint has it, to which a resume would go back. 0: none.
+    """
 
     round: int = 0
     rounds: int = 0
     site_index: int = 0
     num_sites: int = 1
     personal_round: int = 0
+    durable_round: int = 0
 
 
 class AddOn:
@@ -203,6 +209,9 @@ class Client:
         """
         own = {n: self.personal[n] for n in self.layout.entries if n in self.personal} if view == "personal" else {}
         own = {**self._initial, **own}
+        missing = [name for name in self.layout.exchanged if name not in self.received]
+        if missing:  # the resident model would keep what another site trained
+            raise FedMedError(f"the received model has no entry {missing[0]!r} ({len(missing)} of {len(self.layout.exchanged)} are missing)")
         target = self.model.state_dict()
         with torch.no_grad():
             for name, value in {**self.received, **own}.items():
@@ -225,7 +234,7 @@ class Client:
         if self.config.optimizer.persist:
             self.personal = {**self.personal, **optimizer_arrays(self.model, self.optimizer)}
         means = {f"loss/{name}": float(total) / step for name, total in sums.items()} if step else {}
-        return {"train_loss": sum(means.values()), **means}
+        return {"train_loss": sum(means.values()) if means else math.nan, **means}
 
     def _epochs(self, rng: torch.Generator) -> Iterator[Batch]:
         for _ in range(self.config.training.epochs):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -91,7 +92,10 @@ class Exchange:
             if name is None:
                 continue
             if name in online:
-                raise UserError(f"two nodes call themselves {name!r}; give every site a name of its own")
+                if strict:
+                    raise UserError(f"two nodes call themselves {name!r}; give every site a name of its own")
+                # A site that was restarted has a new node while the old one is still listed: the one that answered last is alive.
+                node = max(node, online[name], key=list(self._names).index)
             online[name] = node
         self.online = online
 
@@ -181,14 +185,17 @@ def read_update(content: RecordDict, identity: Identity, layout: Layout) -> Upda
     if problem:
         return problem
     count = metrics.pop(names.NUM_EXAMPLES, None)
-    if not isinstance(count, (int, float)) or count < 0 or count != int(count):
+    if not isinstance(count, (int, float)) or not math.isfinite(count) or count < 0 or count != int(count):
         return f"{names.NUM_EXAMPLES}: expected a whole number >= 0, got {count!r}"
-    extras = decode_state(content.array_records[names.EXTRAS]) if names.EXTRAS in content.array_records else {}
-    if names.ARRAYS not in content.array_records:
-        if count == 0:
-            return Update(identity.site, identity.index, 0, {}, extras, metrics)
+    try:
+        extras = decode_state(content.array_records[names.EXTRAS]) if names.EXTRAS in content.array_records else {}
+        arrays = decode_state(content.array_records[names.ARRAYS]) if names.ARRAYS in content.array_records else {}
+    except (TypeError, ValueError, NotImplementedError) as error:  # bytes that are no array, or a type torch lacks
+        return f"the arrays cannot be read: {type(error).__name__}: {error}"
+    if count == 0:
+        return Update(identity.site, identity.index, 0, {}, extras, metrics)
+    if not arrays:
         return f"the reply has no {names.ARRAYS!r} record"
-    arrays = decode_state(content.array_records[names.ARRAYS])
     misfit = layout.misfit(arrays, identity.groups_left_out)
     if misfit:
         return misfit
@@ -225,8 +232,11 @@ class Quorum:
         self._resume_hint = resume_hint
 
     def check(self) -> None:
-        """Raise `QuorumLost` if too few answers were valid."""
+        """Raise `QuorumLost` if too few answers were valid, `UserError` if all sites refuse for one and the same fault of the user's."""
         if self.valid < self.needed:
+            reasons = {failure.partition(": ")[2] for failure in self.failures}
+            if len(reasons) == 1 and len(self.failures) == self._asked and (reason := reasons.pop()).startswith("UserError: "):
+                raise UserError(f"{reason.removeprefix('UserError: ')} (all {self._asked} sites answered this in round {self._round}, {self._phase})")
             failures = "; ".join(self.failures[:5]) or "no site was online"
             raise QuorumLost(
                 f"round {self._round}, {self._phase}: {self.valid} valid answers of {self._asked} asked, {self.needed} needed ({failures}). {self._resume_hint()}"

@@ -28,8 +28,9 @@ from fedmed.federation.state import State
 log = logging.getLogger("fedmed.server")
 
 
-def flower_strategy(name: str, args: dict[str, Any]) -> FlowerStrategy:
-    """Build a class of `flwr.serverapp.strategy` by name. Raises `UserError` for an unknown class or argument."""
+def flower_strategy(config: Config) -> FlowerStrategy:
+    """Build the class of `flwr.serverapp.strategy` that `strategy.name` names. Raises `UserError` for an unknown class or argument."""
+    name, args = config.strategy.name.removeprefix("flwr:"), dict(config.strategy.args)
     cls = getattr(flower_strategies, name, None)
     known = [n for n in flower_strategies.__all__ if n not in ("Strategy", "Result")]
     if name not in known or cls is None:
@@ -45,9 +46,10 @@ def flower_strategy(name: str, args: dict[str, Any]) -> FlowerStrategy:
     return built
 
 
-def run_flower_strategy(grid: Grid, config: Config, initial: State, journal: Journal, exchange: Exchange, central: Scorer | None) -> State:
+def run_flower_strategy(
+    strategy: FlowerStrategy, grid: Grid, config: Config, initial: State, journal: Journal, exchange: Exchange, central: Scorer | None
+) -> State:
     """Run all rounds of a Flower strategy over the grid and give the final state; history records go to `journal`."""
-    strategy = flower_strategy(config.strategy.name.removeprefix("flwr:"), dict(config.strategy.args))
     rounds = config.federation.rounds
     started = time.monotonic()
     log.info("flwr strategy: no resume, no quorum, sums in arrival order")
@@ -69,7 +71,8 @@ def run_flower_strategy(grid: Grid, config: Config, initial: State, journal: Jou
     _record(result, journal)
     if not len(result.arrays):
         raise FedMedError("the Flower strategy gave no model back: every round failed. The log says why; a site that fails ends such a run")
-    return decode_state(result.arrays)
+    # Flower's averages turn integer counters into float64.
+    return {name: value.to(initial[name].dtype) for name, value in decode_state(result.arrays).items()}
 
 
 def _record(result: Result, journal: Journal) -> None:

@@ -45,7 +45,8 @@ class Journal:
         if self.path is None or not self.path.exists():
             return
         with self.path.open("r+b") as file:
-            file.truncate(num_bytes)
+            kept = file.read(num_bytes)
+            file.truncate(kept.rfind(b"\n") + 1)  # whole lines only, should the file be shorter than it was
         self.records = list(read_history(self.path))
 
     @property

@@ -44,10 +44,11 @@ class Layout:
         """Read a model. `is_personal(name, module)` gets the entry's full name and the module that owns it."""
         owners = {
             f"{prefix}.{name}" if prefix else name: module
-            for prefix, module in model.named_modules()
-            for name in (*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False)))
+            for prefix, module in model.named_modules(remove_duplicate=False)
+            for part in (module.named_parameters, module.named_buffers)
+            for name, _ in part(recurse=False, remove_duplicate=False)
         }
-        parameters = dict(model.named_parameters())
+        parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied weight is a parameter under each of its names
         entries: dict[str, Entry] = {}
         for name, value in model.state_dict().items():
             parameter = parameters.get(name)
@@ -95,10 +96,8 @@ class Layout:
                 return f"entry {name!r}: expected shape {self.entries[name].shape}, got {tuple(arrays[name].shape)}"
             if arrays[name].dtype != self.entries[name].dtype:
                 return f"entry {name!r}: expected {self.entries[name].dtype}, got {arrays[name].dtype}"
-        if len(arrays) > len(self.exchanged) or any(name not in self.entries for name in arrays):
-            unknown = sorted(set(arrays) - set(self.exchanged))
-            return f"unexpected entry {unknown[0]!r}" if unknown else None
-        return None
+        unknown = sorted(set(arrays) - set(self.exchanged))
+        return f"unexpected entry {unknown[0]!r}" if unknown else None
 
     def exchanged_state(self, model: nn.Module) -> State:
         """The exchanged entries of a model, by reference."""

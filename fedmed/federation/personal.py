@@ -1,7 +1,8 @@
-"""What a site keeps between rounds: one folder per accepted round, written atomically before the reply leaves.
+"""What a site keeps between rounds: one folder per round, written atomically before the reply leaves.
 
 A message carries `personal_round`, the last round whose reply the server accepted from this site (0: none). The site goes on from exactly
-that one, so a reply that was lost, a restart and a resume all follow one rule.
+that one, so a reply that was lost, a restart and a resume all follow one rule. A server that checkpoints every few rounds and dies goes back to
+its newest checkpoint, so what was accepted then (`durable_round`) is kept too.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ class PersonalStore:
         path = self._path(round_number)
         return read_safetensors(path) if round_number > 0 and path.is_file() else None
 
-    def write(self, round_number: int, state: State, accepted: int) -> None:
-        """Keep `state` under `round_number`; of the older ones only the accepted round stays."""
+    def write(self, round_number: int, state: State, *keep: int) -> None:
+        """Keep `state` under `round_number`; of the others only the rounds `keep` stay."""
         path = self._path(round_number)
         self.folder.mkdir(parents=True, exist_ok=True)
         os.chmod(self.folder, 0o700)
         write_safetensors(path, state)
+        kept = {f"round-{number:05d}" for number in (round_number, *keep)}
         for old in self.folder.glob("round-*"):
-            if old.name not in (path.parent.name, f"round-{accepted:05d}"):
+            if old.name not in kept:
                 shutil.rmtree(old, ignore_errors=True)

@@ -21,13 +21,14 @@ from fedmed.errors import FedMedError, UserError
 from fedmed.federation import messages as names
 from fedmed.federation.checkpoint import Checkpoint, CheckpointStore
 from fedmed.federation.exchange import Exchange, Quorum, Reply, read_answer, read_update, short_reason
-from fedmed.federation.history import Journal
+from fedmed.federation.history import Journal, Record
 from fedmed.federation.layout import Entry, Layout
 from fedmed.federation.messages import Answer, Query, Update
 from fedmed.federation.records import TensorArray, decode_metrics, decode_state, encode_metrics, encode_state
 from fedmed.federation.seeding import numpy_rng
 from fedmed.federation.state import State
 from fedmed.federation.strategy import Strategy
+from fedmed.metrics import higher_is_better
 
 log = logging.getLogger("fedmed.server")
 _MAX_QUERIES = 32  # a rule that asks without end is broken
@@ -43,6 +44,7 @@ class Progress:
     accepted: dict[str, int] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)
     elapsed: float = 0.0
+    history_bytes: int = 0  # length of the history after `round`
 
 
 class RoundLoop:
@@ -77,6 +79,7 @@ class RoundLoop:
         self._on_best = on_best
         self._extra = {"train": dict(extra_train or {}), "evaluate": dict(extra_evaluate or {})}
         self._config_hash = config_hash
+        self._durable: dict[str, int] = {}  # `progress.accepted` as the newest checkpoint has it
         self._started = time.monotonic()
         strategy.bind(config, layout, exchange.roster, self.journal)
 
@@ -90,7 +93,10 @@ class RoundLoop:
             )
         self.strategy.restore(checkpoint.strategy, checkpoint.notes)
         self.state = checkpoint.model
-        self.progress = Progress(checkpoint.round, dict(checkpoint.accepted), dict(checkpoint.best), checkpoint.elapsed)
+        self.progress = Progress(
+            checkpoint.round, dict(checkpoint.accepted), dict(checkpoint.best), checkpoint.elapsed, checkpoint.history_bytes
+        )
+        self._durable = dict(checkpoint.accepted)
         self.journal.restore(checkpoint.history_bytes)
 
     def checkpoint(self) -> None:
@@ -102,9 +108,10 @@ class RoundLoop:
             Checkpoint(
                 round=self.progress.round, model=self.state, strategy=fields, config_hash=self._config_hash,
                 sites={name: i.index for name, i in self.exchange.roster.items()}, accepted=self.progress.accepted,
-                history_bytes=self.journal.num_bytes, best=self.progress.best, notes=self.strategy.notes, elapsed=self.elapsed,
+                history_bytes=self.progress.history_bytes, best=self.progress.best, notes=self.strategy.notes, elapsed=self.elapsed,
             )
         )  # fmt: skip
+        self._durable = dict(self.progress.accepted)
 
     @property
     def elapsed(self) -> float:
@@ -113,27 +120,36 @@ class RoundLoop:
 
     def _resume_hint(self) -> str:
         if self.store is None or not self.store.rounds():
-            return "No checkpoint exists yet: start the run again once the sites are back"
+            return "No checkpoint exists yet: start the run again (in the same folder with --resume) once the sites are back"
         return f"The checkpoint after round {self.store.rounds()[-1]} is kept: run the same command with --resume once the sites are back"
 
     # ------------------------------------------------------------------ the loop
 
     def run(self) -> State:
-        """Run all rounds that are left and give back the final global state. Raises `QuorumLost` after writing a checkpoint."""
+        """Run all rounds that are left and give back the final global state. Raises `QuorumLost` after writing a checkpoint.
+
+        A round that fails, or is interrupted, leaves no trace but its history records: the checkpoint is that of the round before.
+        """
         rounds = self.config.federation.rounds
         for number in range(self.progress.round + 1, rounds + 1):
-            before = self.strategy.state, self.strategy.notes
+            before = self._snapshot()
             try:
-                self._round(number)
+                records = self._round(number)
+                before = self._snapshot()
+                self.journal.tell("on_round", number, records, self.elapsed)
             except BaseException:
-                self.strategy.state, self.strategy.notes = before
-                if self.store is not None and self.progress.round and self.progress.round not in self.store.rounds():
+                self.state, self.progress, self.strategy.state, self.strategy.notes = before
+                if self.store is not None and self.progress.round > max(self.store.rounds(), default=0):
                     self.checkpoint()
                 self.journal.flush()
                 raise
         return self.state
 
-    def _round(self, number: int) -> None:
+    def _snapshot(self) -> tuple[State, Progress, Any, dict[str, Any]]:
+        """What a failed round must not change; all of it is replaced by a round, never written into."""
+        return self.state, dataclasses.replace(self.progress), self.strategy.state, self.strategy.notes
+
+    def _round(self, number: int) -> list[Record]:
         cfg = self.config
         if number > 1 or not self.exchange.online:
             self.exchange.refresh()
@@ -147,14 +163,16 @@ class RoundLoop:
         if last or number % cfg.evaluation.every == 0:
             self._evaluate(number, last)
         records = self.journal.flush()
+        self.progress.history_bytes = self.journal.num_bytes
         if last or number % cfg.federation.checkpoint_every == 0:
             self.checkpoint()
-        self.journal.tell("on_round", number, records, self.elapsed)
+        return records
 
     def _base_config(self, number: int, site: str) -> dict[str, Any]:
         return {
             "round": number, "rounds": self.config.federation.rounds, "site_index": self.exchange.roster[site].index,
-            "num_sites": len(self.exchange.roster), "personal_round": self.progress.accepted.get(site, 0), "server-round": number,
+            "num_sites": len(self.exchange.roster), "personal_round": self.progress.accepted.get(site, 0),
+            "durable_round": self._durable.get(site, 0), "server-round": number,
         }  # fmt: skip
 
     # ------------------------------------------------------------------ queries
@@ -296,11 +314,12 @@ class RoundLoop:
         """Keep the state of the best validation round: the coordinator's own validation items if it has any, else the sites' mean by number of items."""
         value = _first(central, f"val/global/{metric}")
         if value is None:
-            pairs = [(m[f"n/val"], _first(m, f"val/global/{metric}", f"val/personal/{metric}")) for _, m in scores.values() if m.get("n/val")]
+            pairs = [(m["n/val"], _first(m, f"val/global/{metric}", f"val/personal/{metric}")) for _, m in scores.values() if m.get("n/val")]
             known = [(n, v) for n, v in pairs if v is not None]
             total = sum(n for n, _ in known)
             value = sum(n * v for n, v in known) / total if total else None
-        if value is not None and value > self.progress.best.get("value", -math.inf):
+        best = self.progress.best.get("value")
+        if value is not None and (best is None or (value > best if higher_is_better(metric) else value < best)):
             self.progress.best = {"round": number, "value": value, "metric": metric}
             if self._on_best is not None:
                 self._on_best(self.state)

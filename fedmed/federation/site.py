@@ -181,7 +181,7 @@ class SiteSession:
             client.received = arrays or client.received
             scores = self._scores(client.views, final=False)
         metrics = {names.NUM_EXAMPLES: count, **metrics, **more_metrics, **scores, "seconds": time.monotonic() - self.started}
-        if self.fresh:
+        if self.fresh and client.personal:
             metrics["personal_fresh"] = 1
         client.check_leaves(more_arrays, metrics)
         return names.pack(arrays=arrays, metrics=metrics, extras=more_arrays)
@@ -193,7 +193,7 @@ class SiteSession:
             full = client.model.state_dict()
             client.personal = {**client.personal, **clone_state({n: full[n] for n in client.layout.personal})}
         if client.personal and self.store is not None:
-            self.store.write(self.moment.round, client.personal, self.moment.personal_round)
+            self.store.write(self.moment.round, client.personal, self.moment.personal_round, self.moment.durable_round)
 
     # ------------------------------------------------------------------ evaluate, query
 

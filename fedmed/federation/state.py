@@ -31,16 +31,28 @@ class RunningMean:
 
     def add(self, state: Mapping[str, Tensor], weight: Weight) -> None:
         """Add one state. `weight` >= 0 and finite, else `ValueError`; entries may differ from state to state."""
-        uniform = None if isinstance(weight, Mapping) else float(weight)
-        if uniform is not None:
-            _check_weight(uniform, "state")
         with torch.no_grad():
+            if not isinstance(weight, Mapping):
+                _check_weight(float(weight), "state")
+                self._add_whole(state, float(weight))
+                return
             for name, value in state.items():
-                entry_weight = uniform if uniform is not None else float(weight[name])  # type: ignore[index]
-                if uniform is None:
-                    _check_weight(entry_weight, name)
+                entry_weight = float(weight[name])
+                _check_weight(entry_weight, name)
                 if entry_weight > 0.0:
                     self._add_entry(name, value, entry_weight)
+
+    def _add_whole(self, state: Mapping[str, Tensor], weight: float) -> None:
+        if weight == 0.0:
+            return
+        seen = [name for name in state if name in self._dtypes]
+        for name in [name for name in state if name not in self._dtypes]:
+            self._add_entry(name, state[name], weight)
+        if seen:
+            # One call for all entries: a network has many small ones, and a call for each costs a quarter of the whole sum.
+            torch._foreach_add_([self._sums[n] for n in seen], [state[n] for n in seen], alpha=weight)
+        for name in seen:
+            self._totals[name] += weight
 
     def _add_entry(self, name: str, value: Tensor, weight: float) -> None:
         held = self._sums.get(name)

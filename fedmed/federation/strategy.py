@@ -84,7 +84,8 @@ class Strategy(FlowerStrategy):
         Give `global_state` back when there is nothing to average. It must not be written into.
         """
         mean = weighted_mean((update.num_examples, update.arrays) for update in updates)
-        return global_state if mean is None else mean
+        # Entries that nobody sent (a group that every site leaves out) stay as they are.
+        return global_state if mean is None else {**global_state, **mean}
 
     # ------------------------------------------------------------------ what the base gives a method
 

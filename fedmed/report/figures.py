@@ -238,12 +238,22 @@ def _outline(axes: Axes, mask: Any, fill: float) -> None:
         axes.contour((mask == label).astype(np.float32), levels=[0.5], colors=[colour], linewidths=1.3)
 
 
+def _foreground_dice(reference: Any, prediction: Any) -> Any:
+    """Dice (N,) of any foreground against none, pixels marked 255 left out; NaN where both are empty."""
+    import numpy as np
+
+    known = np.asarray(reference) != 255
+    first, second = (np.asarray(m) * known > 0 for m in (reference, prediction))
+    overlap, total = ((a).sum(axis=(1, 2), dtype=np.float64) for a in (first & second, first.astype(int) + second))
+    return np.divide(2 * overlap, total, out=np.full(len(total), np.nan), where=total > 0)
+
+
 def plot_overlays(cases: Mapping[str, Any], path: Path, title: str = "", max_cases: int = 6) -> Path | None:
     """Draw a sheet of cases, one per column: image, reference, prediction. None when there is no case.
 
     `cases` holds arrays: image (N, H, W) or (N, H, W, C) of any range, reference and prediction (N, H, W) label maps (0
-    background), and, if there, item_id (N,) and dice (N,). With more than `max_cases` they are taken evenly from worst
-    to best Dice. Needs matplotlib.
+    background), and, if there, item_id (N,) and dice (N,); without it the Dice of the whole foreground is shown. With
+    more than `max_cases` they are taken evenly from worst to best Dice. Needs matplotlib.
     """
     import matplotlib as mpl
     import numpy as np
@@ -252,7 +262,8 @@ def plot_overlays(cases: Mapping[str, Any], path: Path, title: str = "", max_cas
     total = len(cases["image"])
     if total == 0:
         return None
-    dice = np.asarray(cases["dice"], dtype=np.float64) if "dice" in cases else np.full(total, np.nan)
+    dice = cases["dice"] if "dice" in cases else _foreground_dice(cases["reference"], cases["prediction"])
+    dice = np.asarray(dice, dtype=np.float64)
     order = np.argsort(np.where(np.isnan(dice), -1.0, dice), kind="stable")
     chosen = order[np.unique(np.linspace(0, total - 1, min(max_cases, total)).round().astype(int))]
     with mpl.rc_context({**_STYLE, "axes.grid": False}):

@@ -106,6 +106,15 @@ def mean_curve(lines: Mapping[str, Mapping[int, float]]) -> dict[int, float]:
     return {r: mean(line[r] for line in lines.values() if r in line) for r in rounds}
 
 
+def tail(history: Sequence[Record], key: str, phase: str, last: int = 3) -> list[float]:
+    """Values of metric `key` in the last evaluations, oldest first: of the central test set, or the means over sites.
+
+    `phase` is "central" or "evaluate". Shorter than `last` when there were fewer evaluations.
+    """
+    means = mean_curve(curve(history, key, phase))
+    return [means[r] for r in sorted(means)][-last:]
+
+
 def select_round(history: Sequence[Record], select: str | None) -> int | None:
     """The round with the best validation value of metric `select`, averaged over sites; the first of equals.
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedmed.report.summary import lower_is_better, mean, number, spread, worst
+from fedmed.report.summary import lower_is_better, mean, number, spread, tail, worst
 
 Rows = list[list[str]]
 
@@ -147,54 +147,60 @@ def render(summary: Mapping[str, Any]) -> str:
     return "\n".join([f"{summary['name']}{judged}", text_table(header, rows, rules=(num_sites,)), *facts(summary)])
 
 
+def _central_value(summary: Mapping[str, Any], metric: str) -> float:
+    return number((summary.get("central", {}).get("last") or {}).get(f"{summary.get('judged_by')}/{metric}"))
+
+
 def comparison_table(summaries: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], Rows]:
-    """Give header and rows that compare arms on the same metric, the main one of the first: mean, worst site, spread,
-    central, time.
-    """
+    """Give header and rows that compare arms on the main metric of the first: sites, central test set, time."""
     metric = next(iter(summaries.values())).get("main_metric") or "metric"
     header = ["arm", f"{metric} (mean of sites)", "worst site", "spread", "central test", "rounds", "time"]
     rows: Rows = []
     for name, summary in summaries.items():
         values = [number(result.get(metric)) for result in summary["sites"].values()]
-        central = (summary.get("central", {}).get("last") or {}).get(f"{summary.get('judged_by')}/{metric}")
-        rows.append(
-            [
-                name,
-                *(show(v) for v in (mean(values), worst(metric, values), spread(values), number(central))),
-                show(summary.get("rounds")),
-                clock(number(summary.get("seconds"))),
-            ]
-        )
+        shown = (mean(values), worst(metric, values), spread(values), _central_value(summary, metric))
+        time = clock(number(summary.get("seconds")))
+        rows.append([name, *(show(v) for v in shown), show(summary.get("rounds")), time])
     return header, rows
 
 
-def verdict(summaries: Mapping[str, Mapping[str, Any]]) -> str:
-    """Say in one sentence what the comparison shows, and how little one run shows; the first arm is the baseline.
-
-    The value compared is the central test result where every arm has one, else the mean over sites.
+def _compare(name: str, values: Sequence[float], base: str, base_values: Sequence[float], metric: str) -> str:
+    """Say how the last evaluations of an arm compare with those of the baseline, and whether they agree with one
+    another.
     """
-    names = list(summaries)
-    metric = summaries[names[0]].get("main_metric") or "metric"
+    gains = [a - b for a, b in zip(values, base_values, strict=False)]
+    gain = math.fsum(gains) / len(gains) if gains else math.nan
+    if math.isnan(gain):
+        return f"{name} cannot be compared with {base}: undefined values"
+    if round(abs(gain), 3) == 0:
+        return f"{name} equals {base} to three digits"
+    better = (gain < 0) == lower_is_better(metric)
+    mixed = min(gains) < 0 < max(gains)
+    words = f"{name} is {'better' if better else 'worse'} than {base} by {abs(gain):.3f}"
+    return words + (", but not in each of these evaluations" if mixed else "")
 
-    def central(summary: Mapping[str, Any]) -> float:
-        return number((summary.get("central", {}).get("last") or {}).get(f"{summary.get('judged_by')}/{metric}"))
 
-    values = {n: central(s) for n, s in summaries.items()}
-    what = f"central test {metric}"
-    if any(math.isnan(v) for v in values.values()):
-        values = {n: mean(number(r.get(metric)) for r in s["sites"].values()) for n, s in summaries.items()}
-        what = f"mean {metric} of the sites"
-    base = names[0]
-    parts: list[str] = []
-    for name in names[1:]:
-        gain = values[name] - values[base]
-        if math.isnan(gain):
-            parts.append(f"{name} cannot be compared with {base}: {what} is undefined")
-        elif round(abs(gain), 3) == 0:
-            parts.append(f"{name} equals {base} in {what} to three digits")
-        else:
-            better = (gain < 0) == lower_is_better(metric)
-            parts.append(f"{name} is {'better' if better else 'worse'} than {base} by {abs(gain):.3f} in {what}")
-    if not parts:
+def verdict(histories: Mapping[str, Sequence[Mapping[str, Any]]], key: str | None, last: int = 3) -> str:
+    """Say in two sentences what a comparison of arms shows, and how little one run shows; the first arm is the
+    baseline.
+
+    `key` is the full name of the metric ("test/global/dice"). What counts is its mean over the last evaluations, which
+    moves less than the last value alone, on the central test set where every arm has one, else averaged over sites.
+    """
+    names = list(histories)
+    if len(names) < 2:
         return "One arm only: nothing to compare."
-    return "; ".join(parts) + ". One seed each, so this can be chance: repeat it with other seeds before believing it."
+    if key is None:
+        return "Nothing was evaluated: nothing to compare."
+    central = all(tail(history, key, "central") for history in histories.values())
+    tails = {
+        name: tail(history, key, "central" if central else "evaluate", last) for name, history in histories.items()
+    }
+    count = max(len(values) for values in tails.values())
+    what = f"{key.rsplit('/', 1)[-1]} {'on the central test set' if central else '(mean of sites)'}"
+    base = names[0]
+    parts = [_compare(name, tails[name], base, tails[base], key) for name in names[1:]]
+    return (
+        f"In {what}, averaged over the last {count} evaluations: {'; '.join(parts)}. "
+        "One seed each, so this can be chance: repeat it with other seeds before believing it."
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -18,3 +20,12 @@ def made_up() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def restore_log_level() -> Iterator[None]:
+    """Undo what `--quiet` and `--debug` set, so that other tests see warnings."""
+    log = logging.getLogger("fedmed")
+    level = log.level
+    yield
+    log.setLevel(level)

@@ -212,7 +212,10 @@ def test_demo_compares_the_arms(engine: Any, tmp_path: Path, capsys) -> None:
         assert getattr(first, section) == getattr(second, section), section
     assert first.client.args.get("loss") == second.client.args.get("loss")
     text = capsys.readouterr().out
-    assert "demo_feda3i is better than demo_fedavg by" in text and "One seed each" in text
+    assert (
+        "averaged over the last 2 evaluations: demo_feda3i is better than demo_fedavg by" in text
+        and "One seed each" in text
+    )
     assert "not shared: demo_fedavg and demo_feda3i differ in client.name: supervised | feda3i" in text
     folder = tmp_path / "demo"
     assert (folder / "report.md").is_file() and (folder / "figures" / "comparison.png").is_file()

@@ -69,6 +69,12 @@ def test_flat_image_is_grey_and_range_is_used() -> None:
     assert rgb.shape == (4, 4, 3) and rgb.min() == 0.0 and rgb.max() == 1.0
 
 
+def test_foreground_dice_by_hand() -> None:
+    reference = np.array([[[1, 2], [0, 255]], [[0, 0], [0, 0]]], np.uint8)
+    prediction = np.array([[[1, 0], [0, 1]], [[0, 0], [0, 0]]], np.uint8)
+    assert np.allclose(figures._foreground_dice(reference, prediction), [2 / 3, np.nan], equal_nan=True)
+
+
 def test_broken_overlay_is_named(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", image=np.zeros((1, 4, 4)))
     with pytest.raises(UserError, match="missing: reference, prediction"):

@@ -80,18 +80,36 @@ def with_central(value: float | None, sites: float, metric: str = "dice") -> dic
     return result
 
 
-def test_verdict_is_honest() -> None:
-    better = tables.verdict({"base": with_central(0.5, 0.9), "new": with_central(0.6, 0.1)})
-    assert "new is better than base by 0.100 in central test dice" in better and "One seed each" in better
-    worse = tables.verdict({"base": with_central(None, 0.5), "new": with_central(0.6, 0.4)})
-    assert "new is worse than base by 0.100 in mean dice of the sites" in worse
-    assert "equals" in tables.verdict({"base": with_central(0.5, 0), "new": with_central(0.5001, 0)})
-    assert "cannot be compared" in tables.verdict(
-        {"base": with_central(None, math.nan), "new": with_central(None, 0.5)}
+def scores(*values: float | None, central: bool = True, metric: str = "dice") -> list[dict[str, Any]]:
+    """Evaluation records of one arm, one per round."""
+    place = {"phase": "central", "site": None} if central else {"phase": "evaluate", "site": "a"}
+    return [{"round": r, **place, "metrics": {f"test/global/{metric}": v}} for r, v in enumerate(values, start=1)]
+
+
+def test_verdict_is_the_mean_of_the_last_evaluations() -> None:
+    text = tables.verdict({"base": scores(0.9, 0.5, 0.5, 0.5), "new": scores(0.1, 0.6, 0.6, 0.6)}, "test/global/dice")
+    assert text.startswith("In dice on the central test set, averaged over the last 3 evaluations: ")
+    assert "new is better than base by 0.100." in text and "One seed each" in text
+    mixed = tables.verdict({"base": scores(0.5, 0.5, 0.5), "new": scores(0.4, 0.4, 0.6)}, "test/global/dice")
+    assert "new is worse than base by 0.033, but not in each of these evaluations." in mixed
+
+
+def test_verdict_falls_back_to_the_sites_and_knows_distances() -> None:
+    arms = {"base": scores(0.5), "new": scores(0.4, central=False)}
+    arms["base"] += scores(0.5, central=False)
+    assert "In dice (mean of sites), averaged over the last 1 evaluations: new is worse" in tables.verdict(
+        arms, "test/global/dice"
     )
-    assert "nothing to compare" in tables.verdict({"base": with_central(0.5, 0.5)})
-    distance = tables.verdict({"base": with_central(9.0, 0, "hd95"), "new": with_central(5.0, 0, "hd95")})
-    assert "new is better than base by 4.000" in distance
+    distances = {"base": scores(9.0, metric="hd95"), "new": scores(5.0, metric="hd95")}
+    assert "new is better than base by 4.000" in tables.verdict(distances, "test/global/hd95")
+
+
+def test_verdict_without_a_difference_or_a_value() -> None:
+    assert "equals base" in tables.verdict({"base": scores(0.5), "new": scores(0.5001)}, "test/global/dice")
+    assert "cannot be compared" in tables.verdict({"base": scores(0.5), "new": scores(None)}, "test/global/dice")
+    assert "nothing to compare" in tables.verdict({"base": scores(0.5)}, "test/global/dice")
+    assert "nothing to compare" in tables.verdict({"base": [], "new": []}, None)
+    assert "cannot be compared" in tables.verdict({"base": [], "new": []}, "test/global/dice")
 
 
 def test_comparison_table() -> None:
