@@ -9,8 +9,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?=
 PYTEST_ARGS ?=
-# Where CPU builds of torch are found on Linux, if pip's own sources have none; PyPI's Linux wheels bring gigabytes of CUDA libraries.
-TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 DEMO_OUT ?=
 
 # One torch thread: the tests compare bits, and several threads on small tensors only get into each other's way.
@@ -32,22 +30,12 @@ $(BIN)/python:
 	echo "making $(VENV) with $$found"; \
 	"$$found" -m venv $(VENV)
 
-# A CPU torch first: from pip's own sources, else from the CPU index, else whatever the normal installation brings.
-$(VENV)/.stamp-torch: constraints.txt | $(BIN)/python
-	@$(BIN)/python -c 'import torch' 2>/dev/null || { \
-	  version=$$(sed -n 's/^torch==//p' constraints.txt); \
-	  echo "installing torch $$version"; \
-	  $(BIN)/pip install -q --no-deps "torch==$$version+cpu" 2>/dev/null \
-	  || { [ "$$(uname -s)" = Linux ] && $(BIN)/pip install -q --no-deps --timeout 20 --retries 1 --extra-index-url $(TORCH_CPU_INDEX) "torch==$$version+cpu" 2>/dev/null; } \
-	  || true; }
-	@touch $@
-
-$(VENV)/.stamp-report: pyproject.toml constraints.txt $(VENV)/.stamp-torch
+$(VENV)/.stamp-report: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing fedmed into $(VENV)"
 	@$(BIN)/pip install -q -e '.[report]' -c constraints.txt
 	@touch $@
 
-$(VENV)/.stamp-dev: pyproject.toml constraints.txt $(VENV)/.stamp-torch
+$(VENV)/.stamp-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing fedmed and its tools into $(VENV)"
 	@$(BIN)/pip install -q -e '.[dev,report]' -c constraints.txt
 	@touch $(VENV)/.stamp-report $@
@@ -73,7 +61,7 @@ types: dev
 	@$(BIN)/mypy fedmed strategies clients data_prep
 
 bench: dev
-	@for script in benchmarks/bench_*.py; do [ -e "$$script" ] || { echo "no benchmarks"; break; }; echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+	@for script in benchmarks/aggregation.py benchmarks/round_overhead.py benchmarks/startup.py; do [ -e "$$script" ] || { echo "no benchmarks"; break; }; echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
 
 clean:
 	@rm -rf $(VENV) demo-report build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

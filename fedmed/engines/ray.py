@@ -92,9 +92,8 @@ def environment(home: Path, threads: int) -> dict[str, str]:
     env |= {"FLWR_HOME": str(home), "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "NO_COLOR": "1"}
     env |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     if attached_cluster() is None:
-        env["RAY_TMPDIR"] = str(
-            home
-        )  # sessions go away with the run, and a Ray that runs on this machine is not found by chance
+        # Ray's session goes away with the run, and a Ray that runs on this machine already is not found by chance.
+        env["RAY_TMPDIR"] = str(home)
     return env
 
 

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from fedmed.federation.buffers import blank_like
+
 State = dict[str, Tensor]
 Weight = float | Mapping[str, float]
 
@@ -45,6 +47,9 @@ class RunningMean:
     def _add_whole(self, state: Mapping[str, Tensor], weight: float) -> None:
         if weight == 0.0:
             return
+        if not self._sums:
+            self._begin(state, weight)
+            return
         seen = [name for name in state if name in self._dtypes]
         for name in [name for name in state if name not in self._dtypes]:
             self._add_entry(name, state[name], weight)
@@ -54,14 +59,25 @@ class RunningMean:
         for name in seen:
             self._totals[name] += weight
 
+    def _begin(self, state: Mapping[str, Tensor], weight: float) -> None:
+        """The first state, into memory of its own."""
+        kinds = {name: _sum_dtype(value.dtype) for name, value in state.items()}
+        self._sums = blank_like(state, kinds)
+        for name, value in state.items():
+            if value.is_floating_point():
+                self._dtypes[name] = value.dtype
+                torch.mul(value.to(kinds[name]), weight, out=self._sums[name])
+            else:
+                self._sums[name].copy_(value)
+            self._totals[name] = weight
+
     def _add_entry(self, name: str, value: Tensor, weight: float) -> None:
         held = self._sums.get(name)
         if not value.is_floating_point():
             self._sums[name] = value.clone() if held is None else torch.maximum(held, value)
         elif held is None:
-            dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
             self._dtypes[name] = value.dtype
-            self._sums[name] = torch.mul(value.to(dtype), weight)
+            self._sums[name] = torch.mul(value.to(_sum_dtype(value.dtype)), weight)
         else:
             held.add_(value, alpha=weight)
         self._totals[name] = self._totals.get(name, 0.0) + weight
@@ -87,6 +103,11 @@ class RunningMean:
                 out[name] = value if dtype is None else value.div_(self._totals[name]).to(dtype)
         self._totals = {}
         return out
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type a sum of such entries has: float32 for floats, but float64 for float64; integers stay what they are."""
+    return torch.float32 if dtype.is_floating_point and dtype != torch.float64 else dtype
 
 
 def _check_weight(weight: float, name: str) -> None:
@@ -139,8 +160,12 @@ def squared_distance(first: Mapping[str, Tensor], second: Mapping[str, Tensor], 
 
 
 def clone_state(state: Mapping[str, Tensor]) -> State:
-    """A copy that owns its tensors."""
-    return {name: value.detach().clone() for name, value in state.items()}
+    """A copy on the CPU that owns its tensors."""
+    copy = blank_like(state)
+    with torch.no_grad():
+        if copy:
+            torch._foreach_copy_(list(copy.values()), list(state.values()))
+    return copy
 
 
 def num_bytes(state: Mapping[str, Tensor]) -> int:

@@ -11,7 +11,7 @@ from fedmed.federation.seeding import derive_seed, numpy_rng, torch_rng
 
 def test_fixed_value() -> None:
     # Written down once: a change would make every stored result stale.
-    assert derive_seed(0, 1, "a", "batches") == 5155353588962543117
+    assert derive_seed(0, 1, "a", "batches") == 8401351261907933962
 
 
 def test_every_part_of_the_key_counts() -> None:
