@@ -57,7 +57,7 @@ def main(grid: Grid, context: Context) -> None:
     inside_engine = config.engine.name == "ray"  # then the command line made the folder and follows the history itself
     if not inside_engine:
         prepare(config.out, resume)
-    callbacks = build_callbacks(config, config.out, quiet=inside_engine)
+    callbacks = [] if inside_engine else build_callbacks(config, config.out)
     try:
         summary = run_server(grid, config, callbacks=callbacks, resume=resume)
     finally:

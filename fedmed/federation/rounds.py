@@ -92,7 +92,7 @@ class RoundLoop:
                 "the checkpoint was made with another configuration (data, model, method or schedule); resume with the config.yaml of the run folder"
             )
         self.strategy.restore(checkpoint.strategy, checkpoint.notes)
-        self.state = checkpoint.model
+        self.state = {name: checkpoint.model[name] for name in self.layout.exchanged}  # files have an order of their own
         self.progress = Progress(
             checkpoint.round, dict(checkpoint.accepted), dict(checkpoint.best), checkpoint.elapsed, checkpoint.history_bytes
         )

@@ -119,14 +119,15 @@ def facts(summary: Mapping[str, Any]) -> list[str]:
         if key in values:
             lines.append(f"{label} ({show(values.get('round'))}): {metric} {show(number(values[key]))}")
     noisy = summary.get("noisy_sites", {})
-    if noisy.get("believed") or noisy.get("true"):
-        said = ", ".join(noisy["believed"]) or "none"
-        line = f"believed noisy: {said}"
-        if noisy.get("true"):
-            line += f"; truly noisy: {', '.join(noisy['true'])}"
-        if noisy.get("precision") is not None or noisy.get("recall") is not None:
-            line += f"; precision {show(noisy['precision'], 2)}, recall {show(noisy['recall'], 2)}"
-        lines.append(line)
+    words: list[str] = []
+    if noisy.get("believed") or "believed_noisy" in summary.get("notes", {}):  # a method that never judges says nothing
+        words.append(f"believed noisy: {', '.join(noisy.get('believed', ())) or 'none'}")
+    if noisy.get("true"):
+        words.append(f"truly noisy: {', '.join(noisy['true'])}")
+    if noisy.get("precision") is not None or noisy.get("recall") is not None:
+        words.append(f"precision {show(noisy['precision'], 2)}, recall {show(noisy['recall'], 2)}")
+    if words:
+        lines.append("; ".join(words))
     failed = summary.get("failures", [])
     if failed:
         last = failed[-1]

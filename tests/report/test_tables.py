@@ -67,6 +67,14 @@ def test_render_says_what_failed_and_what_was_found() -> None:
     assert "no site took part" in tables.render(summary({}))
 
 
+def test_a_method_that_does_not_judge_believes_nothing() -> None:
+    noisy = {"believed": [], "true": ["a"], "precision": None, "recall": None}
+    assert tables.facts(summary({"a": 0.5}, noisy_sites=noisy))[0] == "truly noisy: a"
+    judged = {**noisy, "recall": 0.0}
+    text = tables.facts(summary({"a": 0.5}, noisy_sites=judged, notes={"believed_noisy": []}))[0]
+    assert text == "believed noisy: none; truly noisy: a; precision -, recall 0.00"
+
+
 def test_markdown_escapes_bars() -> None:
     assert tables.markdown_table(["a|b", "n"], [["x", "1"]]) == "| a\\|b | n |\n| :-- | --: |\n| x | 1 |"
 
