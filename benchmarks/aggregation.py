@@ -43,7 +43,7 @@ def replies(base: State, count: int) -> Iterator[tuple[int, State]]:
             name: value + 0.01 * torch.randn(value.shape, generator=rng) if value.is_floating_point() else value + k
             for name, value in base.items()
         }
-        yield 100 + 37 * k, state
+        yield 100 + 37 * k, clone_state(state)  # as a site packs its reply
 
 
 def streaming(weighted: list[tuple[int, State]]) -> State:

@@ -387,7 +387,7 @@ def _load_tree(path: Path, seen: tuple[Path, ...] = ()) -> Any:
     if path in seen:
         raise UserError(f"{path}: inherits from itself through {' -> '.join(p.name for p in seen)}")
     try:
-        tree = OmegaConf.load(path)
+        tree: Any = OmegaConf.load(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # the YAML parser has many error types; all of them mean "not YAML"

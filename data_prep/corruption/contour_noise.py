@@ -247,5 +247,6 @@ class ContourNoise:
                 }
             )
         # Every site is off a little here; the ones a method should trust less are those below the mean.
-        average = float(np.mean([f["mean_dice"] for f in facts]))
-        return Corrupted(noisy, tuple({**f, "is_noisy": f["mean_dice"] < average} for f in facts))
+        rates = [float(f["noise_rate"]) for f in facts]
+        average = float(np.mean(rates))
+        return Corrupted(noisy, tuple({**f, "is_noisy": rate > average} for f, rate in zip(facts, rates, strict=True)))

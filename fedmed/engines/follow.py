@@ -17,15 +17,21 @@ _LOOK_S = 0.3
 
 
 class HistoryFollower:
-    """Tells callbacks what another process writes into `history.jsonl`: every record, and a round when its first later record turns up."""
+    """Tells callbacks what another process writes into `history.jsonl`: every record, and a round once it is complete.
 
-    def __init__(self, path: Path, start_round: int, callbacks: Iterable[Callback]) -> None:
+    `path`: the file, which need not exist yet; `kept_bytes`: what a resumed run keeps of it (its checkpoint says), the
+    rest is made anew. Context manager; a daemon thread looks at the file every 0.3 s.
+    """
+
+    def __init__(self, path: Path, callbacks: Iterable[Callback], kept_bytes: int = 0) -> None:
         self._path = path
         self._journal = Journal(None, callbacks)
+        self._kept = kept_bytes
         self._offset = path.stat().st_size if path.exists() else 0
         self._rest = b""
         self._started = time.monotonic()
         self._records: list[Record] = []
+        self._told = 0  # the last round that callbacks heard of as complete
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="history", daemon=True)
 
@@ -39,40 +45,48 @@ class HistoryFollower:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join(timeout=5)
+        self._thread.join()
         self.look()
-        self._finish_round()
+        self._finish_rounds(math.inf)
 
     def _follow(self) -> None:
         while not self._stop.wait(_LOOK_S):
             self.look()
 
     def look(self) -> None:
-        """Read what came since the last look; the server writes whole rounds at once."""
-        if not self._path.exists():
-            return
-        size = self._path.stat().st_size
-        if size < self._offset:  # a resumed run cut the file back to its checkpoint
-            self._offset, self._rest = size, b""
+        """Read what came since the last look. A round counts as complete when a look finds nothing more of it."""
+        size = self._path.stat().st_size if self._path.exists() else 0
+        if size < self._offset:  # the server cut the file back to its checkpoint
+            self._offset, self._rest = min(size, self._kept), b""
+        if size == self._offset:
+            return self._finish_rounds(math.inf)
         with self._path.open("rb") as file:
             file.seek(self._offset)
             new = file.read()
         self._offset += len(new)
         *lines, self._rest = (self._rest + new).split(b"\n")
         for line in lines:
-            self._take(json.loads(line))
-        if lines:
-            self._finish_round()
+            self._take(line)
+        return None
 
-    def _take(self, record: Record) -> None:
+    def _take(self, line: bytes) -> None:
+        try:
+            record: Record = json.loads(line)
+            number = int(record["round"])
+        except (ValueError, KeyError, TypeError):  # the file was cut between two looks; the next line is whole again
+            return
+        self._finish_rounds(number - 1)
         self._records.append(record)
         self._journal.tell("on_record", record)
 
-    def _finish_round(self) -> None:
-        if self._records:
-            number = max(int(r["round"]) for r in self._records)
-            self._journal.tell("on_round", number, self._records, time.monotonic() - self._started)
-            self._records = []
+    def _finish_rounds(self, last: float) -> None:
+        """Tell of the rounds up to `last` as complete. `evaluation.mode=before` scores a round in the one after it."""
+        numbers = sorted({int(r["round"]) for r in self._records if self._told < r["round"] <= last})
+        for number in numbers:
+            records = [r for r in self._records if r["round"] <= number]
+            self._records = [r for r in self._records if r["round"] > number]
+            self._journal.tell("on_round", number, records, time.monotonic() - self._started)
+            self._told = number
 
 
 def run_ray(config: Config, num_sites: int, *, resume: bool, callbacks: Iterable[Callback]) -> dict[str, Any]:

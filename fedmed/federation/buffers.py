@@ -2,7 +2,8 @@
 
 Fresh memory of this size costs a page fault for every four kilobytes, on a virtual machine several times the time of the copy that fills
 it. So the memory of a state that nobody holds any more goes to the next state. Ownership stays exact: a block is given out again only
-after the last tensor, view or NumPy array on it is gone.
+after the last tensor, view or NumPy array on it is gone. And since the entries of a state lie side by side in its block, a sum over
+whole states is one operation instead of one for each of its many small entries.
 """
 
 from __future__ import annotations
@@ -24,26 +25,63 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 _free: dict[int, list[Bytes]] = {}  # by size in bytes, the size given back last at the end
 
 
-def blank_like(state: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype] | None = None) -> dict[str, Tensor]:
-    """Uninitialised contiguous CPU tensors with the names and shapes of `state`, and its dtypes unless `dtypes` gives others.
+class Plan:
+    """Where the entries of a state lie in one block of memory: by type, aligned, in the order of the state.
 
-    The entries of a state of a megabyte or more share one block of memory: whoever keeps one entry keeps the block.
+    `dtypes` gives an entry another type than it has in `state`.
     """
-    kinds = {name: dtypes[name] if dtypes is not None else value.dtype for name, value in state.items()}
-    starts: list[int] = []
-    total = 0
-    for name, value in state.items():
-        starts.append(total)
-        total += -(-value.numel() * kinds[name].itemsize // _ALIGNMENT) * _ALIGNMENT
-    if total < _SMALLEST:
-        return {name: torch.empty(value.shape, dtype=kinds[name]) for name, value in state.items()}
-    block = torch.from_numpy(_lease(total))
-    views = {kind: block.view(kind) for kind in set(kinds.values())}
-    blank = {}
-    for start, (name, value) in zip(starts, state.items(), strict=True):
-        kind = kinds[name]
-        blank[name] = views[kind].as_strided(value.shape, _strides(value.shape), start // kind.itemsize)
-    return blank
+
+    def __init__(self, state: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype] | None = None) -> None:
+        self.shapes = {name: value.shape for name, value in state.items()}
+        self.dtypes = {name: dtypes[name] if dtypes is not None else value.dtype for name, value in state.items()}
+        self.names: dict[torch.dtype, list[str]] = {}  # of the entries of one type
+        self.starts: dict[str, int] = {}  # bytes
+        self.segments: dict[torch.dtype, tuple[int, int]] = {}  # start and end of the entries of one type, bytes
+        for name, kind in self.dtypes.items():
+            self.names.setdefault(kind, []).append(name)
+        end = 0
+        for kind, names in self.names.items():
+            start = end
+            for name in names:
+                self.starts[name] = end
+                end += -(-self.shapes[name].numel() * kind.itemsize // _ALIGNMENT) * _ALIGNMENT
+            self.segments[kind] = start, end
+        self.num_bytes = end
+
+    def blank(self) -> dict[str, Tensor]:
+        """Uninitialised contiguous CPU tensors; those of a state of a megabyte or more in one block, which lives as long as one of them."""
+        if self.num_bytes < _SMALLEST:
+            return {name: torch.empty(shape, dtype=self.dtypes[name]) for name, shape in self.shapes.items()}
+        block = torch.from_numpy(_lease(self.num_bytes))
+        views = {kind: block.view(kind) for kind in self.segments}
+        blank = {}
+        for name, shape in self.shapes.items():
+            kind = self.dtypes[name]
+            blank[name] = views[kind].as_strided(shape, _strides(shape), self.starts[name] // kind.itemsize)
+        return blank
+
+    def flat(self, state: Mapping[str, Tensor], kind: torch.dtype) -> Tensor | None:
+        """All entries of type `kind` of a state as one flat view, what lies between them included; None unless `state` lies by this plan."""
+        base: int | None = None
+        first: Tensor | None = None
+        for name in self.names[kind]:
+            value, start = state.get(name), self.starts[name]
+            if value is None or value.dtype != kind or value.shape != self.shapes[name] or not value.is_contiguous():
+                return None
+            if value.numel() == 0:
+                continue
+            if first is None:
+                first, base = value, value.data_ptr() - start
+            elif value.data_ptr() - start != base:
+                return None
+        if first is None or base is None:
+            return None
+        start, end = self.segments[kind]
+        memory = first.untyped_storage()
+        offset = base + start - memory.data_ptr()
+        if offset < 0 or offset + end - start > memory.nbytes() or offset % kind.itemsize:
+            return None
+        return first.as_strided(((end - start) // kind.itemsize,), (1,), offset // kind.itemsize)
 
 
 def _strides(shape: torch.Size) -> list[int]:

@@ -163,7 +163,7 @@ class Exchange:
             if message is None or (sequential and seconds > deadline_s):
                 yield Reply(site, None, f"no answer within {deadline_s:g} s", seconds)
             elif message.has_error():
-                yield Reply(site, None, short_reason(message.error.reason), seconds)
+                yield Reply(site, None, short_reason(message.error.reason or ""), seconds)
             else:
                 yield Reply(site, message, None, seconds)
 

@@ -68,7 +68,7 @@ def make_addons(config: Config) -> dict[str, AddOn]:
     addons: dict[str, AddOn] = {}
     for name, values in config.client.addons.items():
         cls: type[AddOn] = resolve("add-on", name)
-        params = params_from(cls.Params, values, f"client.{name}")
+        params: Any = params_from(cls.Params, values, f"client.{name}")
         if getattr(params, "enabled", False):
             addons[name] = cls(params)
     return addons

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from fedmed.federation.buffers import blank_like
+from fedmed.federation.buffers import Plan
 
 State = dict[str, Tensor]
 Weight = float | Mapping[str, float]
@@ -29,14 +29,17 @@ class RunningMean:
     def __init__(self) -> None:
         self._sums: State = {}
         self._totals: dict[str, float] = {}
-        self._dtypes: dict[str, torch.dtype] = {}
+        self._dtypes: dict[str, torch.dtype] = {}  # of the floating entries, as they came in
+        self._plan: Plan | None = None  # of the sums, if the first state came with one weight
+        self._flat: dict[torch.dtype, Tensor] = {}  # all sums of one type as one tensor
 
     def add(self, state: Mapping[str, Tensor], weight: Weight) -> None:
-        """Add one state. `weight` >= 0 and finite, else `ValueError`; entries may differ from state to state."""
+        """Add one state of CPU tensors. `weight` >= 0 and finite, else `ValueError`; entries may differ from state to state."""
         with torch.no_grad():
             if not isinstance(weight, Mapping):
                 _check_weight(float(weight), "state")
-                self._add_whole(state, float(weight))
+                if weight > 0.0:
+                    self._add_whole(state, float(weight))
                 return
             for name, value in state.items():
                 entry_weight = float(weight[name])
@@ -45,42 +48,45 @@ class RunningMean:
                     self._add_entry(name, value, entry_weight)
 
     def _add_whole(self, state: Mapping[str, Tensor], weight: float) -> None:
-        if weight == 0.0:
-            return
+        """Add with one weight: in one operation where the state lies in memory as the sums do, as replies usually do."""
         if not self._sums:
-            self._begin(state, weight)
-            return
-        seen = [name for name in state if name in self._dtypes]
-        for name in [name for name in state if name not in self._dtypes]:
-            self._add_entry(name, state[name], weight)
-        if seen:
-            # One call for all entries: a network has many small ones, and a call for each costs a quarter of the whole sum.
-            torch._foreach_add_([self._sums[n] for n in seen], [state[n] for n in seen], alpha=weight)
-        for name in seen:
-            self._totals[name] += weight
-
-    def _begin(self, state: Mapping[str, Tensor], weight: float) -> None:
-        """The first state, into memory of its own."""
-        kinds = {name: _sum_dtype(value.dtype) for name, value in state.items()}
-        self._sums = blank_like(state, kinds)
-        for name, value in state.items():
-            if value.is_floating_point():
-                self._dtypes[name] = value.dtype
-                torch.mul(value.to(kinds[name]), weight, out=self._sums[name])
+            self._make_room(state)
+        rest = list(state)
+        for kind, held in self._flat.items():
+            assert self._plan is not None
+            flat = self._plan.flat(state, kind)
+            if flat is None:
+                continue
+            whole = self._plan.names[kind]
+            if whole[0] in self._totals:
+                held.add_(flat, alpha=weight)
             else:
-                self._sums[name].copy_(value)
-            self._totals[name] = weight
+                torch.mul(flat, weight, out=held)
+                self._dtypes.update(dict.fromkeys(whole, kind))
+            self._totals.update({name: self._totals.get(name, 0.0) + weight for name in whole})
+            rest = [name for name in rest if self._plan.dtypes.get(name) != kind]
+        for name in rest:
+            self._add_entry(name, state[name], weight)
+
+    def _make_room(self, state: Mapping[str, Tensor]) -> None:
+        self._plan = Plan(state, {name: _sum_dtype(value.dtype) for name, value in state.items()})
+        self._sums = self._plan.blank()
+        flats = {kind: self._plan.flat(self._sums, kind) for kind in self._plan.names if kind.is_floating_point}
+        self._flat = {kind: flat for kind, flat in flats.items() if flat is not None}
 
     def _add_entry(self, name: str, value: Tensor, weight: float) -> None:
-        held = self._sums.get(name)
+        before = self._totals.get(name)
+        if name not in self._sums:
+            self._sums[name] = torch.empty(value.shape, dtype=_sum_dtype(value.dtype))
+        held = self._sums[name]
         if not value.is_floating_point():
-            self._sums[name] = value.clone() if held is None else torch.maximum(held, value)
-        elif held is None:
+            held.copy_(value if before is None else torch.maximum(held, value))
+        elif before is None:
             self._dtypes[name] = value.dtype
-            self._sums[name] = torch.mul(value.to(_sum_dtype(value.dtype)), weight)
+            torch.mul(value.to(held.dtype), weight, out=held)
         else:
             held.add_(value, alpha=weight)
-        self._totals[name] = self._totals.get(name, 0.0) + weight
+        self._totals[name] = (before or 0.0) + weight
 
     def total(self, name: str) -> float:
         """Σ w_k of one entry (0.0 if nothing was added)."""
@@ -95,13 +101,18 @@ class RunningMean:
         """The mean, in the dtype of the inputs; None if nothing of positive weight was added. Ends the accumulation (the sums are given away)."""
         if self.empty:
             return None
-        sums, self._sums = self._sums, {}
-        out: State = {}
+        divided: set[str] = set()
         with torch.no_grad():
-            for name, value in sums.items():
-                dtype = self._dtypes.get(name)
-                out[name] = value if dtype is None else value.div_(self._totals[name]).to(dtype)
-        self._totals = {}
+            for kind, held in self._flat.items():
+                assert self._plan is not None
+                totals = {self._totals[name] for name in self._plan.names[kind]}
+                if len(totals) == 1:
+                    held.div_(totals.pop())
+                    divided.update(self._plan.names[kind])
+            for name in self._dtypes.keys() - divided:
+                self._sums[name].div_(self._totals[name])
+            out = {name: value.to(self._dtypes.get(name, value.dtype)) for name, value in self._sums.items()}
+        self.__init__()  # type: ignore[misc]
         return out
 
 
@@ -161,7 +172,7 @@ def squared_distance(first: Mapping[str, Tensor], second: Mapping[str, Tensor], 
 
 def clone_state(state: Mapping[str, Tensor]) -> State:
     """A copy on the CPU that owns its tensors."""
-    copy = blank_like(state)
+    copy = Plan(state).blank()
     with torch.no_grad():
         if copy:
             torch._foreach_copy_(list(copy.values()), list(state.values()))

@@ -25,7 +25,8 @@ from fedmed.federation.history import Journal
 from fedmed.federation.layout import Layout
 from fedmed.federation.messages import Answer, Identity, Query, Update
 from fedmed.federation.records import json_safe
-from fedmed.federation.state import State, weighted_mean
+from fedmed.federation.state import State as ModelState
+from fedmed.federation.state import weighted_mean
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Strategy(FlowerStrategy):
         """Extra arrays and config for one site. An array named like a model entry replaces that entry for this site."""
         return {}, {}
 
-    def aggregate(self, round: int, global_state: State, updates: Iterable[Update]) -> State:
+    def aggregate(self, round: int, global_state: ModelState, updates: Iterable[Update]) -> ModelState:
         """Make the new global state (exchanged entries) from the valid updates, which come in site order.
 
         Give `global_state` back when there is nothing to average. It must not be written into.

@@ -13,6 +13,7 @@ from fedmed.config import Config, from_tree
 from fedmed.data.phantom import make_phantom
 from fedmed.federation.client import Client, Moment
 from fedmed.federation.messages import pack
+from fedmed.federation.records import decode_state
 from fedmed.federation.site import Place, Workshop, answer, make_addons
 from fedmed.federation.state import State, clone_state
 
@@ -28,12 +29,6 @@ def config(**sections: Any) -> Config:
     """A configuration with a tiny network."""
     tree = {"model": {"args": {"widths": [4, 4]}}, "training": {"batch_size": 5}, "engine": {"device": "cpu"}}
     return from_tree({**tree, **sections})
-
-
-def register(cls: type[Client], monkeypatch: pytest.MonkeyPatch) -> str:
-    """Make a client class of a test known under a name."""
-    monkeypatch.setattr("fedmed.federation.site.client_class", lambda config: cls)
-    return cls.__name__
 
 
 class Bench:
@@ -58,8 +53,6 @@ class Bench:
         head = {"round": number, "rounds": 4, "personal_round": personal_round, "durable_round": 0}
         content = pack(arrays=self.initial if arrays is None else arrays, config={**head, **more})
         reply = answer(kind, self.workshop, self.place, content)
-        from fedmed.federation.records import decode_state
-
         parts = {name: decode_state(record) for name, record in reply.array_records.items()}
         metrics = dict(reply.metric_records["metrics"]) if "metrics" in reply.metric_records else {}
         return SimpleNamespace(metrics=metrics, arrays=parts.get("arrays"), extras=parts.get("extras", {}), content=reply)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from clients.supervised import Supervised
 from fedmed.data.split import Batch
 from fedmed.errors import FedMedError, UserError
-from fedmed.federation.client import AddOn, Client, declared_leaves
+from fedmed.federation.client import AddOn, Client, declared_leaves, make_optimizer
 from fedmed.federation.messages import Leaf
+from fedmed.federation.personal import PersonalStore
 from fedmed.federation.state import clone_state
 from fedmed.models.output import Output
 
@@ -275,9 +276,6 @@ def test_kept_moments_are_those_of_one_long_training(bench: BenchFactory, name: 
     site = bench(optimizer=settings, training={"max_steps": 1})
     first = site.send("train", 1, 0)
     second = site.send("train", 2, 1, arrays=first.arrays)
-    from fedmed.federation.client import make_optimizer
-    from fedmed.federation.personal import PersonalStore
-
     kept = PersonalStore(tmp_path / "site" / "personal").read(1)
     assert kept is not None and all(key.startswith("optimizer/") for key in kept)
     client = site.client(Supervised)

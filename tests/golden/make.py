@@ -17,10 +17,10 @@ TOLERANCE = 0.05  # absolute, on metrics of 0..1 over about 100 test items
 
 _CLASSIFICATION = [
     "data.path=phantom:classification",
-    "data.phantom={num_sites: 4, images_per_site: 120, image_size: 32}",
+    "data.phantom={num_sites: 4, images_per_site: 200, image_size: 32}",
     "model.args.widths=[8,16,32]",
-    "training.epochs=2",
-    "federation.rounds=6",
+    "training.epochs=3",
+    "federation.rounds=10",
     "optimizer.lr=0.003",
 ]
 _SEGMENTATION = [
@@ -35,7 +35,7 @@ _SEGMENTATION = [
 ]
 _NOISY = [
     "data.partition.args.num_clients=8",
-    "strategy.args={warmup_rounds: 3, ramp_begin: 3, ramp_end: 5, kd_cap: 0.8}",
+    "strategy.args={warmup_rounds: 5, ramp_begin: 5, ramp_end: 9, kd_cap: 0.8}",
 ]
 RUNS: dict[str, tuple[str, list[str]]] = {
     "fedavg": ("fedavg", _CLASSIFICATION),
