@@ -243,8 +243,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
                 return _convert(option, value, where)
             except UserError:
                 continue
-    elif dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-        return build(typing.cast(type, kind), value, where)
+    elif dataclasses.is_dataclass(kind) and (value is None or isinstance(value, Mapping)):
+        return build(typing.cast(type, kind), value or {}, where)  # `data.corruption=null` clears what was inherited
     elif origin is dict or kind is dict:
         if value is None:
             return {}  # `args=null` clears what was inherited

@@ -98,4 +98,4 @@ def resolve(kind: str, name: str) -> Any:
         return import_attribute(name)
     from fedmed.config import nearest
 
-    raise UserError(f"no {kind} is called {name!r}{nearest(name, names)}. `fedmed list` shows all names.")
+    raise UserError(f"no {kind} is called {name!r}{nearest(name, names)} (`fedmed list` shows all)")

@@ -54,8 +54,11 @@ def main(grid: Grid, context: Context) -> None:
     if not config.out:
         config = dataclasses.replace(config, out=str(default_out(config.name)))
     config = with_absolute_paths(config)
-    inside_engine = config.engine.name == "ray"  # then the command line made the folder and follows the history itself
+    # Under `fedmed run` the command line made the folder and follows the history itself. Otherwise this is a plain `flwr run`.
+    inside_engine = config.engine.name == "ray" and bool(context.run_config.get("config"))
+    _show_log(logging.WARNING if inside_engine else logging.INFO)
     if not inside_engine:
+        config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, name="ray"))
         prepare(config.out, resume)
     callbacks = [] if inside_engine else build_callbacks(config, config.out)
     try:
@@ -65,6 +68,16 @@ def main(grid: Grid, context: Context) -> None:
             callback.close()
     if not inside_engine:
         log.info("report: %s", write_report(config.out, summary))
+
+
+def _show_log(level: int) -> None:
+    """Let FedMed's own log lines bear their level and name in Flower's output, where they would lose both."""
+    logger = logging.getLogger("fedmed")
+    if not logger.hasHandlers():
+        logger.setLevel(level)
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        logger.addHandler(handler)
 
 
 def run_server(grid: Grid, config: Config, *, callbacks: Iterable[Callback] = (), resume: bool = False) -> dict[str, Any]:
@@ -79,9 +92,14 @@ def run_server(grid: Grid, config: Config, *, callbacks: Iterable[Callback] = ()
     data_path = site_file(config) if config.data.path else None
     store = CheckpointStore(folder.checkpoint)
     checkpoint = _checkpoint(store, config, resume)
+    expected = count_sites(data_path) if data_path else None
+    if expected is not None and expected < config.federation.min_sites:  # nobody else will come
+        raise UserError(
+            f"federation.min_sites is {config.federation.min_sites}, but {data_path} holds {expected} sites; lower it, or give data with more sites"
+        )
     exchange = Exchange(
         grid, min_sites=config.federation.min_sites, plain_clients=config.federation.plain_clients,
-        start_deadline_s=config.federation.start_deadline_s, expected=count_sites(data_path) if data_path else None,
+        start_deadline_s=config.federation.start_deadline_s, expected=expected,
     )  # fmt: skip
     if checkpoint is not None:
         exchange.known = dict(checkpoint.sites)
@@ -198,6 +216,18 @@ def check_pair(strategy: Strategy, cls: type[Client], facts: Identity, config: C
         )
 
 
+def check_config(config: Config, facts: Identity) -> None:
+    """Refuse before anything is started what the run would refuse later: names, arguments, method and task. Raises `UserError`."""
+    cls = client_class(config)
+    make_model(config, facts.task, len(facts.classes), len(facts.channels), facts.image_size)
+    check_selection(config, facts.task, has_central=True)  # whether there is one is seen later
+    if config.strategy.name.startswith("flwr:"):
+        flower_strategy(config)
+        check_client(cls, facts, config)
+    else:
+        check_pair(make_strategy(config), cls, facts, config)
+
+
 def _facts(exchange: Exchange, data_path: Path | None) -> Identity:
     """What the model is built for: the first site's identity, or the simulation's site file where all nodes are plain Flower clients."""
     known = [identity for identity in exchange.roster.values() if not identity.plain]
@@ -205,7 +235,12 @@ def _facts(exchange: Exchange, data_path: Path | None) -> Identity:
         return min(known, key=lambda i: i.index)
     if data_path is None:
         raise UserError("only plain Flower clients are online and data.path is empty; set data.path to a site file that says task, classes and image size")
-    with SiteFile.open(data_path) as file:
+    return file_facts(data_path)
+
+
+def file_facts(path: Path) -> Identity:
+    """What the sites of a site file have in common, as a nameless identity. Raises `UserError`."""
+    with SiteFile.open(path) as file:
         return Identity("", file.task, tuple(file.classes), tuple(file.channels), tuple(file.image_size), "", 0, plain=True)
 
 

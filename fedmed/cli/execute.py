@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 from collections.abc import Callable, Sequence
@@ -66,6 +67,8 @@ def run_config(
     finally:
         for callback in callbacks:
             callback.close()
+        with contextlib.suppress(OSError):  # a run that never began leaves no empty folder; one that holds anything stays
+            folder.path.rmdir()
     if not folder.config.exists():
         from fedmed.config import to_yaml
 

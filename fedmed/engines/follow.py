@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
+import re
 import threading
 import time
 from collections.abc import Iterable
@@ -14,6 +17,7 @@ from fedmed.federation.history import Callback, Journal, Record
 from fedmed.report.run_folder import RunFolder, read_json
 
 _LOOK_S = 0.3
+_WARNED = re.compile(r"^(?P<level>WARNING|ERROR) (?P<logger>fedmed[\w.]*): (?P<text>.+)$")  # as `server_app` writes it
 
 
 class HistoryFollower:
@@ -89,32 +93,44 @@ class HistoryFollower:
             self._told = number
 
 
-def run_ray(config: Config, num_sites: int, *, resume: bool, callbacks: Iterable[Callback]) -> dict[str, Any]:
-    """Run on the Ray engine and give the summary; callbacks hear of every round as it is written."""
-    from fedmed.engines.ray import run
-    from fedmed.federation.checkpoint import CheckpointStore
+def relay(line: str) -> None:
+    """Log what the server app warned of in this process too, so that the user sees it; the rest is in `ray.log`."""
+    found = _WARNED.match(line)
+    if found:
+        logging.getLogger(found["logger"]).log(getattr(logging, found["level"]), found["text"])
 
+
+def run_ray(config: Config, num_sites: int, *, resume: bool, callbacks: Iterable[Callback]) -> dict[str, Any]:
+    """Run on the Ray engine and give the summary; callbacks hear of every round as it is written.
+
+    `config` with absolute paths. What can be found wrong with it is found before anything is started or written. Raises
+    `UserError`, `QuorumLost` and other `FedMedError`s.
+    """
+    from fedmed.engines.prepare import site_file
+    from fedmed.engines.ray import check_gpus, federation_config, run
+    from fedmed.federation.checkpoint import CheckpointStore
+    from fedmed.metrics import main_metric
+    from fedmed.server_app import check_config, file_facts
+
+    facts = file_facts(site_file(config))
+    check_config(config, facts)
+    check_gpus(config)
+    federation_config(config, num_sites)
     folder = RunFolder(Path(config.out))
-    rounds = CheckpointStore(folder.checkpoint).rounds() if resume else []
-    start_round = rounds[-1] + 1 if rounds else 1
-    with HistoryFollower(folder.history, start_round, callbacks) as follower:
-        follower.tell(
-            "on_start",
-            {
-                "name": config.name, "out": str(folder.path), "rounds": config.federation.rounds, "start_round": start_round,
-                "sites": [], "main_metric": _main_metric(config), "config": to_yaml(config),
-            },
-        )  # fmt: skip
-        run(config, folder.path, resume=resume, num_sites=num_sites)
+    checkpoint = CheckpointStore(folder.checkpoint).read() if resume else None
+    start_round, kept = (checkpoint.round + 1, checkpoint.history_bytes) if checkpoint else (1, 0)
+    info = {
+        "name": config.name,
+        "out": str(folder.path),
+        "rounds": config.federation.rounds,
+        "start_round": start_round,
+        "sites": [],
+        "main_metric": main_metric(facts.task),
+        "config": to_yaml(config),
+    }
+    with HistoryFollower(folder.history, callbacks, kept) as follower:
+        follower.tell("on_start", info)
+        run(config, folder.path, resume=resume, num_sites=num_sites, on_line=relay)
     summary: dict[str, Any] = read_json(folder.summary)
     follower.tell("on_end", summary)
     return summary
-
-
-def _main_metric(config: Config) -> str:
-    from fedmed.data.site_file import SiteFile
-    from fedmed.engines.prepare import site_file
-    from fedmed.metrics import main_metric
-
-    with SiteFile.open(site_file(config)) as file:
-        return main_metric(file.task)

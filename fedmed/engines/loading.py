@@ -38,7 +38,8 @@ class TrainedModel:
         stack = np.asarray(images)
         stack = stack[..., None] if stack.ndim == 3 else stack
         if stack.ndim != 4 or stack.shape[-1] != len(self.channels):
-            raise UserError(f"expected images (N, H, W{', C' if len(self.channels) > 1 else ''}) with {len(self.channels)} channels, got shape {np.shape(images)}")
+            shape = f"(N, H, W{', C' if len(self.channels) > 1 else ''})"
+            raise UserError(f"expected images {shape} with {len(self.channels)} channels, got shape {np.shape(images)}")
         decode = make_decoder(self.config.data.mean, self.config.data.std, len(self.channels), unsigned16=stack.dtype == np.uint16)
         planes = np.ascontiguousarray(stack.transpose(0, 3, 1, 2))
         tensor = torch.from_numpy(planes.view(np.int16) if planes.dtype == np.uint16 else planes)
@@ -68,7 +69,8 @@ def load(run_dir: str | Path, which: str = "last") -> TrainedModel:
     if which not in files:
         raise UserError(f"which: expected last or selected, got {which!r}")
     path = folder / files[which]
-    for needed, hint in ((folder / "config.yaml", "is it a run folder?"), (path, "did the run finish, and was evaluation.select set?" if which == "selected" else "did the run finish?")):
+    finished = "did the run finish, and was evaluation.select set?" if which == "selected" else "did the run finish?"
+    for needed, hint in ((folder / "config.yaml", "is it a run folder?"), (path, finished)):
         if not needed.is_file():
             raise UserError(f"{needed} does not exist; {hint}")
     config = from_yaml((folder / "config.yaml").read_text(encoding="utf-8"))

@@ -12,6 +12,7 @@ Exit codes of `flwr run` say nothing (0 for a failed run too); the status that `
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 import shutil
@@ -28,8 +29,9 @@ from fedmed.engines.flower_internals import POLL_SWITCH, inherited_python_path, 
 from fedmed.engines.ray_log import failure
 from fedmed.engines.ray_session import Session
 from fedmed.errors import FedMedError, UserError
+from fedmed.report.run_folder import RAY_LOG
 
-LOG_NAME = "ray.log"  # in the run folder: every line of the run, unfiltered
+log = logging.getLogger("fedmed.ray")
 SLACK_S = 600.0  # added to the federation's own deadlines when no limit is given: start of Ray, last evaluation, files
 
 
@@ -42,6 +44,38 @@ def attached_cluster() -> str | None:
 def available_cpus() -> int:
     """Count the CPUs this process may use (affinity mask or container limit where the system tells)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def available_gpus() -> int:
+    """Count the GPUs that this process may use and PyTorch can."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def check_gpus(config: Config) -> None:
+    """Raise `UserError` for a GPU no client would find; warn when clients will not use the GPU that is there.
+
+    Ray shows a client only the GPUs it is given, numbered from 0: none with `engine.gpus_per_client=0`.
+    """
+    device, share = config.engine.device, config.engine.gpus_per_client
+    gpus = available_gpus() if attached_cluster() is None else None  # a cluster's other machines cannot be asked
+    if gpus is not None and share > gpus:
+        offer = f"engine.gpus_per_client={share:g}, but this machine offers {gpus}"
+        raise UserError(f"{offer}: lower it, or set RAY_ADDRESS to a cluster")
+    kind, _, number = device.partition(":")
+    if device not in ("auto", "cpu") and (kind != "cuda" or (number and not number.isdigit())):
+        raise UserError(f"engine.device: expected auto, cpu, cuda or cuda:N, got {device!r}")
+    if kind == "cuda" and share == 0:
+        raise UserError(
+            f"engine.device={device} on ray needs a share of a GPU: set engine.gpus_per_client, e.g. 1 or 0.25"
+        )
+    if kind == "cuda" and int(number or 0) >= math.ceil(share):
+        raise UserError(
+            f"engine.device={device}: on ray a client sees its own GPUs only, numbered from 0; use cuda or auto"
+        )
+    if device == "auto" and share == 0 and gpus:
+        log.warning("the clients will run on the CPU: give them the GPU with engine.gpus_per_client, e.g. 1 or 0.25")
 
 
 def federation_config(config: Config, num_sites: int) -> str:
@@ -143,7 +177,7 @@ def simulate(
     out.mkdir(parents=True, exist_ok=True)
     home = private_folder()
     env = environment(home, threads)
-    with Session(home, env, out / LOG_NAME, on_line, timeout_s) as session:
+    with Session(home, env, out / RAY_LOG, on_line, timeout_s) as session:
         _check_installation(env["PATH"])
         folder = app or bundle.write_stub(home / "app")
         values = bundle.write_run_config(home / "run-config.toml", run_config, out, resume)
@@ -151,7 +185,7 @@ def simulate(
         run_id = session.submit(folder, values, federation)
         state = session.follow(run_id)
         if state.status != "finished:completed":
-            raise failure(state, session.tail, out / LOG_NAME)
+            raise failure(state, session.tail, out / RAY_LOG)
 
 
 def run(
@@ -186,5 +220,5 @@ def run(
     )
     if not (out / "summary.json").is_file():
         raise FedMedError(
-            f"the run completed, but wrote no summary: expected {out / 'summary.json'}; see {out / LOG_NAME}"
+            f"the run completed, but wrote no summary: expected {out / 'summary.json'}; see {out / RAY_LOG}"
         )

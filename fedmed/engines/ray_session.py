@@ -90,7 +90,7 @@ class Session:
         try:
             self.work.mkdir()
             self._guard = processes.start_guard(self.home)
-            self._log = self.log_path.open("w", encoding="utf-8")
+            self._log = self.log_path.open("a", encoding="utf-8")  # a resumed run adds to it
         except BaseException:
             self._close()
             raise

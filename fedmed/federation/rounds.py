@@ -395,6 +395,8 @@ def start_plain(
         strategy, exchange, config, layout, state,
         central=central if evaluate_fn else None, extra_train=train_config or {}, extra_evaluate=evaluate_config or {},
     )  # fmt: skip
+    if evaluate_fn is not None and (first := evaluate_fn(0, initial_arrays)) is not None:  # as Flower's own rules do
+        result.evaluate_metrics_serverapp[0] = first
     result.arrays = encode_state(loop.run())
     for phase, target in (("train", result.train_metrics_clientapp), ("evaluate", result.evaluate_metrics_clientapp)):
         for number in range(1, num_rounds + 1):

@@ -58,10 +58,8 @@ class RunningMean:
             if flat is None:
                 continue
             whole = self._plan.names[kind]
-            if whole[0] in self._totals:
-                held.add_(flat, alpha=weight)
-            else:
-                torch.mul(flat, weight, out=held)
+            _accumulate(held, flat, weight, first=whole[0] not in self._totals)
+            if kind.is_floating_point:
                 self._dtypes.update(dict.fromkeys(whole, kind))
             self._totals.update({name: self._totals.get(name, 0.0) + weight for name in whole})
             rest = [name for name in rest if self._plan.dtypes.get(name) != kind]
@@ -71,22 +69,16 @@ class RunningMean:
     def _make_room(self, state: Mapping[str, Tensor]) -> None:
         self._plan = Plan(state, {name: _sum_dtype(value.dtype) for name, value in state.items()})
         self._sums = self._plan.blank()
-        flats = {kind: self._plan.flat(self._sums, kind) for kind in self._plan.names if kind.is_floating_point}
+        flats = {kind: self._plan.flat(self._sums, kind) for kind in self._plan.names}
         self._flat = {kind: flat for kind, flat in flats.items() if flat is not None}
 
     def _add_entry(self, name: str, value: Tensor, weight: float) -> None:
-        before = self._totals.get(name)
         if name not in self._sums:
             self._sums[name] = torch.empty(value.shape, dtype=_sum_dtype(value.dtype))
-        held = self._sums[name]
-        if not value.is_floating_point():
-            held.copy_(value if before is None else torch.maximum(held, value))
-        elif before is None:
+        _accumulate(self._sums[name], value, weight, first=name not in self._totals)
+        if value.is_floating_point():
             self._dtypes[name] = value.dtype
-            torch.mul(value.to(held.dtype), weight, out=held)
-        else:
-            held.add_(value, alpha=weight)
-        self._totals[name] = (before or 0.0) + weight
+        self._totals[name] = self._totals.get(name, 0.0) + weight
 
     def total(self, name: str) -> float:
         """Σ w_k of one entry (0.0 if nothing was added)."""
@@ -106,7 +98,7 @@ class RunningMean:
             for kind, held in self._flat.items():
                 assert self._plan is not None
                 totals = {self._totals[name] for name in self._plan.names[kind]}
-                if len(totals) == 1:
+                if kind.is_floating_point and len(totals) == 1:
                     held.div_(totals.pop())
                     divided.update(self._plan.names[kind])
             for name in self._dtypes.keys() - divided:
@@ -114,6 +106,16 @@ class RunningMean:
             out = {name: value.to(self._dtypes.get(name, value.dtype)) for name, value in self._sums.items()}
         self.__init__()  # type: ignore[misc]
         return out
+
+
+def _accumulate(held: Tensor, value: Tensor, weight: float, *, first: bool) -> None:
+    """held ← held + weight · value, or the maximum for integers; the first value fills `held`."""
+    if not value.is_floating_point():
+        held.copy_(value) if first else torch.maximum(held, value, out=held)
+    elif first:
+        torch.mul(value.to(held.dtype), weight, out=held)
+    else:
+        held.add_(value, alpha=weight)
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:

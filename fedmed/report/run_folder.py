@@ -20,6 +20,7 @@ from fedmed.config import folder_name
 from fedmed.errors import UserError
 
 Record = dict[str, Any]
+RAY_LOG = "ray.log"  # output of the ray engine; alone in a folder it is what a run leaves that never began
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ class RunFolder:
         return self.path / "report.md"
 
     @property
+    def ray_log(self) -> Path:
+        """All output of the run, on the ray engine only."""
+        return self.path / RAY_LOG
+
+    @property
     def sites(self) -> Path:
         """Folder with one state folder per site (simulations only)."""
         return self.path / "sites"
@@ -96,7 +102,7 @@ def prepare(path: str | Path, resume: bool = False) -> RunFolder:
     folder = RunFolder(Path(path).expanduser())
     if folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"--out {path}: expected a folder, found a file; choose another --out")
-    held = sorted(p.name for p in folder.path.iterdir()) if folder.path.is_dir() else []
+    held = sorted(p.name for p in folder.path.iterdir() if p.name != RAY_LOG) if folder.path.is_dir() else []
     if resume and not (folder.config.is_file() or folder.checkpoint.exists()):
         found = "no such folder" if not folder.path.is_dir() else "it has neither config.yaml nor checkpoint/"
         raise UserError(f"--resume: nothing to go on with in {path} ({found}); leave --resume out to start a run there")

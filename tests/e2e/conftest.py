@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Message, RecordDict
 
 from fedmed.config import Config, from_tree
 from fedmed.engines import run
@@ -83,17 +83,10 @@ def tampered(change: Callable[[RecordDict], None]) -> Callable[[Call], Message]:
     return act
 
 
-def refused(call: Call) -> Message:
-    """The site does its work, and the answer that arrives is an error."""
-    reply = call()
-    reply.__dict__["_content"], reply.__dict__["_error"] = None, Error(2, "RuntimeError: out of memory")
-    return reply
-
-
 class Lab:
     """Runs and what they leave. Overrides are dotted keys."""
 
-    stop, fault, tampered, refused = Stop, Fault, staticmethod(tampered), staticmethod(refused)
+    stop, fault, tampered = Stop, Fault, staticmethod(tampered)
     segmentation = SEGMENTATION
 
     def __init__(self, root: Path, cache: Path) -> None:

@@ -43,6 +43,10 @@ def raises(call: Callable[[], Any]) -> None:
     raise RuntimeError("out of memory")
 
 
+def absent(call: Callable[[], Any]) -> None:
+    raise RuntimeError("unreachable")
+
+
 def late(call: Callable[[], Any]) -> Any:
     reply = call()
     time.sleep(0.6)
@@ -73,9 +77,9 @@ def without_second(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def reference(lab: Any, store: dict[str, Any]) -> tuple[bytes, list[Any]]:
-    """Model and history (but for the failed record) of such a run, by a site whose answer is an error."""
+    """Model and history (but for the failed record) of such a run, by a site that is not even reached."""
     if not store:
-        out, _ = lab.run(options={"intercept": lab.fault(lab.refused, 2)}, **KEPT)
+        out, _ = lab.run(options={"intercept": lab.fault(absent, 2)}, **KEPT)
         store["value"] = lab.model(out), [r for r in lab.history(out) if r["status"] == "ok"]
         plain, _ = lab.run(**KEPT)
         assert lab.model(plain) != lab.model(out)
