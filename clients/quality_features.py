@@ -118,7 +118,7 @@ class QualityFeatures(Client):
         """Measure the features when asked; the model is still the received one."""
         if self.train_set.ignore_value is not None:
             raise UserError(
-                f"site {self.site}: FedA3I needs complete masks, these leave pixels open; set data.annotation=mask"
+                "FedA3I needs complete masks, these leave pixels open; set data.annotation=mask"
             )
         self.features: dict[str, float] = self._measure() if config.get("estimate_noise") else {}
 

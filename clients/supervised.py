@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +45,14 @@ class Supervised(Client):
     """One named term: the loss of the configuration on the site's own annotation."""
 
     Params: ClassVar[type] = Params
+
+    def begin_round(self, config: dict[str, Any], extras: dict[str, Tensor]) -> None:
+        """Refuse annotation that leaves pixels open: these losses would take them for background."""
+        if self.train_set.ignore_value is not None:
+            raise UserError(
+                f"{self.data.label_kind} annotation leaves pixels open, which client 'supervised' cannot read; "
+                "set data.annotation=mask, or use a client for weak annotation"
+            )
 
     def loss(self, output: Output, batch: Batch, step: int) -> dict[str, Tensor]:
         """The chosen loss of `output.logits` against `batch.targets`, mean over the batch."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Strategy as FlowerStrategy
 from torch import nn
 
 from fedmed.config import Config, config_hash, from_run_config, nearest, params_from, to_yaml
@@ -85,25 +86,14 @@ def run_server(grid: Grid, config: Config, *, callbacks: Iterable[Callback] = ()
 
     Raises `UserError` for what does not fit together, `QuorumLost` when too few sites answer (a checkpoint is kept).
     """
-    from fedmed.engines.prepare import count_sites, site_file
+    from fedmed.engines.prepare import site_file
 
     started = time.monotonic()
     folder = RunFolder(Path(config.out))
     data_path = site_file(config) if config.data.path else None
     store = CheckpointStore(folder.checkpoint)
     checkpoint = _checkpoint(store, config, resume)
-    expected = count_sites(data_path) if data_path else None
-    if expected is not None and expected < config.federation.min_sites:  # nobody else will come
-        raise UserError(
-            f"federation.min_sites is {config.federation.min_sites}, but {data_path} holds {expected} sites; lower it, or give data with more sites"
-        )
-    exchange = Exchange(
-        grid, min_sites=config.federation.min_sites, plain_clients=config.federation.plain_clients,
-        start_deadline_s=config.federation.start_deadline_s, expected=expected,
-    )  # fmt: skip
-    if checkpoint is not None:
-        exchange.known = dict(checkpoint.sites)
-    exchange.wait_for_sites()
+    exchange = _sites(grid, config, data_path, checkpoint)
     facts = _facts(exchange, data_path)
     cls = client_class(config)
     model, activation = make_model(config, facts.task, len(facts.classes), len(facts.channels), facts.image_size)
@@ -112,7 +102,8 @@ def run_server(grid: Grid, config: Config, *, callbacks: Iterable[Callback] = ()
     central = _central_scorer(config, data_path, model, layout, activation, cls)
     check_selection(config, facts.task, central is not None)
     initial = layout.exchanged_state(model)
-    loop = rule = None
+    loop: RoundLoop | None = None
+    rule: FlowerStrategy | None = None
     if config.strategy.name.startswith("flwr:"):
         rule = flower_strategy(config)
         check_client(cls, facts, config)
@@ -136,23 +127,48 @@ def run_server(grid: Grid, config: Config, *, callbacks: Iterable[Callback] = ()
         "sites": list(exchange.sites), "main_metric": main_metric(facts.task), "config": to_yaml(config),
     }  # fmt: skip
     journal.tell("on_start", info)
-    if loop is not None:
-        final, elapsed, selected = loop.run(), loop.elapsed, loop.progress.best
+    if rule is not None:
+        final = run_flower_strategy(rule, grid, config, initial, journal, exchange, central)
     else:
-        final, selected = run_flower_strategy(rule, grid, config, initial, journal, exchange, central), {}
-        elapsed = time.monotonic() - started
+        assert loop is not None
+        final = loop.run()
     write_safetensors(folder.model, _whole(model, final))
     truth = read_truth(data_path) if data_path is not None else {}
+    elapsed = time.monotonic() - started if loop is None else loop.elapsed
     summary = build_summary(folder.path, journal.records, config, truth, main_metric=main_metric(facts.task), seconds=elapsed)
-    if selected:
-        summary["selected"] = json_safe(selected)
-        scored = [r["metrics"] for r in journal.records if r["phase"] == "central" and r["round"] == selected["round"]]
-        summary["central"]["selected"] = {"round": selected["round"], **scored[-1]} if scored else {}
+    if loop is not None and loop.progress.best:
+        _add_selected(summary, loop.progress.best, journal)
     if layout.personal:
         summary["notes"]["personal_entries"] = f"{len(layout.personal)} entries stay at the sites; model.safetensors holds the run seed's values for them"
     write_json(folder.summary, json_safe(summary))
     journal.tell("on_end", summary)
     return summary
+
+
+def _sites(grid: Grid, config: Config, data_path: Path | None, checkpoint: Checkpoint | None) -> Exchange:
+    """The sites of the run, once enough of them are there. Raises `UserError`, `QuorumLost`."""
+    from fedmed.engines.prepare import count_sites
+
+    expected = count_sites(data_path) if data_path else None
+    if expected is not None and expected < config.federation.min_sites:  # nobody else will come
+        raise UserError(
+            f"federation.min_sites is {config.federation.min_sites}, but {data_path} holds {expected} sites; lower it, or give data with more sites"
+        )
+    exchange = Exchange(
+        grid, min_sites=config.federation.min_sites, plain_clients=config.federation.plain_clients,
+        start_deadline_s=config.federation.start_deadline_s, expected=expected,
+    )  # fmt: skip
+    if checkpoint is not None:
+        exchange.known = dict(checkpoint.sites)
+    exchange.wait_for_sites()
+    return exchange
+
+
+def _add_selected(summary: dict[str, Any], best: dict[str, Any], journal: Journal) -> None:
+    """Say which round was chosen, and what its model scored centrally: the round of model-selected.safetensors."""
+    scored = [r["metrics"] for r in journal.records if r["phase"] == "central" and r["round"] == best["round"]]
+    summary["selected"] = json_safe(best)
+    summary["central"]["selected"] = {"round": best["round"], **scored[-1]} if scored else {}
 
 
 def _checkpoint(store: CheckpointStore, config: Config, resume: bool) -> Checkpoint | None:

@@ -50,7 +50,6 @@ WRONG = [
     ({"federation.rounds": 2.5}, "federation.rounds: expected int, got 2.5 (float)"),
     ({"federation.rounds": True}, "federation.rounds: expected int, got True (bool)"),
     ({"federation.rounds": None}, "federation.rounds: expected int, got None"),
-    ({"federation": None}, "federation: expected FederationConfig, got None"),
     ({"federation": 3}, "federation: expected FederationConfig, got 3 (int)"),
     ({"optimizer.lr": "fast"}, "optimizer.lr: expected float, got 'fast'"),
     ({"optimizer.lr": False}, "optimizer.lr: expected float, got False"),
@@ -95,9 +94,18 @@ def test_wrong_keys_and_values(flat: dict[str, Any], message: str) -> None:
 
 
 def test_harmless_conversions() -> None:
-    config = from_tree(nested({"optimizer.lr": 1, "name": 12, "data.mean": (1, 0.5), "seed": 0, "federation.quorum": 0}))
+    config = from_tree(
+        nested({"optimizer.lr": 1, "name": 12, "data.mean": (1, 0.5), "seed": 0, "federation.quorum": 0})
+    )
     assert (config.optimizer.lr, config.name, config.data.mean) == (1.0, "12", [1.0, 0.5])
     assert type(config.optimizer.lr) is float
+
+
+def test_null_clears_what_was_inherited() -> None:
+    config = from_tree(
+        {"federation": None, "strategy": {"name": "fedavg", "args": None}, "data": {"corruption": None}, "client": None}
+    )
+    assert config == from_tree({"strategy": {"name": "fedavg"}})
 
 
 @dataclass(frozen=True)
@@ -187,7 +195,7 @@ def test_broken_overrides(word: str, message: str) -> None:
 
 
 def test_unknown_experiment_names_the_nearest() -> None:
-    with pytest.raises(UserError, match="no experiment 'fedavgx'.*; did you mean 'fedavg"):
+    with pytest.raises(UserError, match=r"no experiment 'fedavgx'.*; did you mean 'fedavg"):
         find_experiment("fedavgx")
 
 
@@ -218,10 +226,19 @@ def test_yaml_round_trip() -> None:
 
 
 def test_from_flowers_run_config() -> None:
-    config = from_run_config({"experiment": "fedavg", "overrides": 'federation.rounds=3 data.augment="[hflip, vflip]"', "config": "", "out": ""})
+    config = from_run_config(
+        {
+            "experiment": "fedavg",
+            "overrides": 'federation.rounds=3 data.augment="[hflip, vflip]"',
+            "config": "",
+            "out": "",
+        }
+    )
     assert config.federation.rounds == 3 and config.data.augment == ["hflip", "vflip"] and config.out == ""
     text = to_yaml(dataclasses.replace(config, seed=5))
-    assert from_run_config({"config": text, "experiment": "nobody", "out": "there"}) == dataclasses.replace(config, seed=5, out="there")
+    assert from_run_config({"config": text, "experiment": "nobody", "out": "there"}) == dataclasses.replace(
+        config, seed=5, out="there"
+    )
     assert from_run_config({}).strategy.name == "fedavg"
 
 
@@ -232,7 +249,9 @@ def test_what_a_checkpoint_is_tied_to() -> None:
         "federation.train_deadline_s": 3, "federation.checkpoint_every": 5,
     }  # fmt: skip
     for key, value in same.items():
-        assert config_hash(from_tree(nested({key: value})), with_rounds=True) == config_hash(base, with_rounds=True), key
+        assert config_hash(from_tree(nested({key: value})), with_rounds=True) == config_hash(base, with_rounds=True), (
+            key
+        )
     other = {
         "seed": 1, "data.path": "x", "model.args": {"widths": [4]}, "optimizer.lr": 0.5, "client.prox": {"mu": 1.0},
         "strategy.args": {"x": 1}, "training.epochs": 3, "federation.fraction": 0.5,

@@ -85,8 +85,8 @@ def _experiment_description(path: Path) -> str:
 
 
 def experiments() -> dict[str, str]:
-    """Names of all experiments with their descriptions, sorted; files that begin with "_" and the data protocols in
-    `data/` are parts of experiments, no experiments.
+    """Names of all experiments with their descriptions, sorted; files that begin with "_", the data protocols in
+    `data/` and the comparisons in `compare/` are no experiments.
     """
     from fedmed.config import experiment_dirs
 
@@ -94,7 +94,7 @@ def experiments() -> dict[str, str]:
     for folder in experiment_dirs():
         for path in sorted(folder.rglob("*.yaml")):
             name = path.relative_to(folder).with_suffix("")
-            if name.parts[0] != "data" and not any(part.startswith("_") for part in name.parts):
+            if name.parts[0] not in ("data", "compare") and not any(part.startswith("_") for part in name.parts):
                 found.setdefault(name.as_posix(), _experiment_description(path))
     return dict(sorted(found.items()))
 

@@ -47,6 +47,8 @@ class Plan:
                 end += -(-self.shapes[name].numel() * kind.itemsize // _ALIGNMENT) * _ALIGNMENT
             self.segments[kind] = start, end
         self.num_bytes = end
+        self._names, self._dtypes, self._shapes = list(state), list(self.dtypes.values()), list(self.shapes.values())
+        self._starts = [self.starts[name] for name in state]
 
     def blank(self) -> dict[str, Tensor]:
         """Uninitialised contiguous CPU tensors; those of a state of a megabyte or more in one block, which lives as long as one of them."""
@@ -60,28 +62,24 @@ class Plan:
             blank[name] = views[kind].as_strided(shape, _strides(shape), self.starts[name] // kind.itemsize)
         return blank
 
-    def flat(self, state: Mapping[str, Tensor], kind: torch.dtype) -> Tensor | None:
-        """All entries of type `kind` of a state as one flat view, what lies between them included; None unless `state` lies by this plan."""
-        base: int | None = None
-        first: Tensor | None = None
-        for name in self.names[kind]:
-            value, start = state.get(name), self.starts[name]
-            if value is None or value.dtype != kind or value.shape != self.shapes[name] or not value.is_contiguous():
-                return None
-            if value.numel() == 0:
-                continue
-            if first is None:
-                first, base = value, value.data_ptr() - start
-            elif value.data_ptr() - start != base:
-                return None
-        if first is None or base is None:
+    def flats(self, state: Mapping[str, Tensor]) -> list[Tensor] | None:
+        """A state as one flat view a type, with the gaps between entries; None unless it lies in one block exactly by this plan."""
+        if not state or list(state) != self._names:
             return None
-        start, end = self.segments[kind]
-        memory = first.untyped_storage()
-        offset = base + start - memory.data_ptr()
-        if offset < 0 or offset + end - start > memory.nbytes() or offset % kind.itemsize:
+        values = list(state.values())
+        if [v.dtype for v in values] != self._dtypes or [v.shape for v in values] != self._shapes:
             return None
-        return first.as_strided(((end - start) // kind.itemsize,), (1,), offset // kind.itemsize)
+        bases = {v.data_ptr() - start for v, start in zip(values, self._starts, strict=True)}
+        memory = values[0].untyped_storage()
+        offset = bases.pop() - memory.data_ptr()
+        if bases or offset < 0 or offset % _ALIGNMENT or offset + self.num_bytes > memory.nbytes() or not all(map(Tensor.is_contiguous, values)):
+            return None
+        out = []
+        for kind, (start, end) in self.segments.items():
+            first = values[self._names.index(self.names[kind][0])]
+            size = kind.itemsize
+            out.append(first.as_strided(((end - start) // size,), (1,), (offset + start) // size))
+        return out
 
 
 def _strides(shape: torch.Size) -> list[int]:

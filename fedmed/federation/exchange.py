@@ -239,7 +239,8 @@ class Quorum:
                 raise UserError(f"{reason.removeprefix('UserError: ')} (all {self._asked} sites answered this in round {self._round}, {self._phase})")
             failures = "; ".join(self.failures[:5]) or "no site was online"
             raise QuorumLost(
-                f"round {self._round}, {self._phase}: {self.valid} valid answers of {self._asked} asked, {self.needed} needed ({failures}). {self._resume_hint()}"
+                f"round {self._round}, {self._phase}: {self.valid} valid answers of {self._asked} asked, {self.needed} needed ({failures}). "
+                f"{self._resume_hint()}"
             )
 
 

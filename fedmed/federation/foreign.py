@@ -1,14 +1,16 @@
-"""Letting a strategy of Flower itself drive our sites: `strategy.name=flwr:FedMedian` with that class's own arguments.
+"""Flower's own pieces beside ours: its strategies over our sites, and our rules called as Flower calls its own.
 
-What is lost: resume and checkpoints, the quorum, site-name order of sums (so bit-equality between engines), dropping of broken updates, queries,
-extras and personal rounds. What stays: our clients and their losses, the run folder, the history (one record per round instead of one per site).
+`strategy.name=flwr:FedMedian` with that class's own arguments. What is lost: resume and checkpoints, the quorum, site-name order of sums (so
+bit-equality between engines), dropping of broken updates, queries, extras and personal rounds. What stays: our clients and their losses, the run folder, the history (one record per round instead of one per site).
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
+import math
 import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
@@ -17,13 +19,15 @@ from flwr.serverapp import strategy as flower_strategies
 from flwr.serverapp.strategy import Result
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
-from fedmed.config import Config, nearest
+from fedmed.config import Config, FederationConfig, nearest
 from fedmed.errors import FedMedError, UserError
 from fedmed.federation.exchange import Exchange
 from fedmed.federation.history import Journal
+from fedmed.federation.layout import Entry, Layout
 from fedmed.federation.records import decode_metrics, decode_state, encode_metrics, encode_state
-from fedmed.federation.rounds import Scorer
+from fedmed.federation.rounds import RoundLoop, Scorer
 from fedmed.federation.state import State
+from fedmed.federation.strategy import Strategy
 
 log = logging.getLogger("fedmed.server")
 
@@ -65,9 +69,14 @@ def run_flower_strategy(
         return encode_metrics(scores)
 
     result = strategy.start(
-        grid=grid, initial_arrays=encode_state(initial), num_rounds=rounds, timeout=config.federation.train_deadline_s,
-        train_config=ConfigRecord({"rounds": rounds, "num_sites": len(exchange.roster)}), evaluate_config=ConfigRecord({"rounds": rounds}), evaluate_fn=evaluate,
-    )  # fmt: skip
+        grid=grid,
+        initial_arrays=encode_state(initial),
+        num_rounds=rounds,
+        timeout=config.federation.train_deadline_s,
+        train_config=ConfigRecord({"rounds": rounds, "num_sites": len(exchange.roster)}),
+        evaluate_config=ConfigRecord({"rounds": rounds}),
+        evaluate_fn=evaluate,
+    )
     _record(result, journal)
     if not len(result.arrays):
         raise FedMedError("the Flower strategy gave no model back: every round failed. The log says why; a site that fails ends such a run")
@@ -81,3 +90,59 @@ def _record(result: Result, journal: Journal) -> None:
     for number, record in sorted(result.evaluate_metrics_clientapp.items()):
         journal.add(number, "evaluate", None, metrics=decode_metrics(record))
     journal.flush()
+
+
+def start_plain(
+    strategy: Strategy,
+    grid: Grid,
+    initial_arrays: ArrayRecord,
+    num_rounds: int,
+    timeout: float,
+    train_config: ConfigRecord | None,
+    evaluate_config: ConfigRecord | None,
+    evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None,
+) -> Result:
+    """`Strategy.start`: the round loop with Flower's own arguments, over FedMed or plain clients; everything in the arrays counts as trainable."""
+    state = decode_state(initial_arrays)
+    config = Config(
+        federation=FederationConfig(
+            rounds=num_rounds, plain_clients=True, train_deadline_s=timeout, query_deadline_s=timeout, evaluate_deadline_s=timeout, start_deadline_s=timeout
+        )
+    )
+    kinds = {n: "parameter" if v.is_floating_point() else "counter" for n, v in state.items()}
+    layout = Layout({n: Entry(kinds[n], kinds[n] == "parameter", False, tuple(v.shape), v.dtype) for n, v in state.items()}, {})
+    exchange = Exchange(grid, min_sites=config.federation.min_sites, plain_clients=True, start_deadline_s=timeout)
+    exchange.wait_for_sites()
+    result = Result()
+
+    def central(current: State, last: bool) -> dict[str, float]:
+        assert evaluate_fn is not None
+        record = evaluate_fn(loop.progress.round, encode_state(current))
+        if record is not None:
+            result.evaluate_metrics_serverapp[loop.progress.round] = record
+        return {} if record is None else {k: float(v) for k, v in record.items() if isinstance(v, (int, float))}
+
+    loop = RoundLoop(
+        strategy, exchange, config, layout, state,
+        central=central if evaluate_fn else None, extra_train=train_config or {}, extra_evaluate=evaluate_config or {},
+    )  # fmt: skip
+    if evaluate_fn is not None and (first := evaluate_fn(0, initial_arrays)) is not None:  # as Flower's own rules do
+        result.evaluate_metrics_serverapp[0] = first
+    result.arrays = encode_state(loop.run())
+    for phase, target in (("train", result.train_metrics_clientapp), ("evaluate", result.evaluate_metrics_clientapp)):
+        for number in range(1, num_rounds + 1):
+            records = [r for r in loop.journal.records if r["phase"] == phase and r["round"] == number and r["status"] == "ok"]
+            target[number] = encode_metrics(mean_metrics([(r["num_examples"], r["metrics"]) for r in records]))
+    return result
+
+
+def mean_metrics(pairs: Sequence[tuple[float, Mapping[str, Any]]]) -> dict[str, float]:
+    """Mean of each scalar metric weighted by number of items, over the sites where it is defined; a metric defined nowhere is left out."""
+    sums: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for weight, metrics in pairs:
+        for key, value in metrics.items():
+            if isinstance(value, (int, float)) and not math.isnan(value):
+                sums[key] = sums.get(key, 0.0) + weight * value
+                weights[key] = weights.get(key, 0.0) + weight
+    return {key: sums[key] / weights[key] for key in sums if weights[key] > 0}

@@ -7,7 +7,6 @@ its newest checkpoint, so what was accepted then (`durable_round`) is kept too.
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -33,7 +32,7 @@ class PersonalStore:
         """Keep `state` under `round_number`; of the others only the rounds `keep` stay."""
         path = self._path(round_number)
         self.folder.mkdir(parents=True, exist_ok=True)
-        os.chmod(self.folder, 0o700)
+        self.folder.chmod(0o700)
         write_safetensors(path, state)
         kept = {f"round-{number:05d}" for number in (round_number, *keep)}
         for old in self.folder.glob("round-*"):

@@ -8,23 +8,20 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
-from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result
+from flwr.app import ArrayRecord, Message
 from torch import Tensor
 
-from fedmed.config import Config, FederationConfig
+from fedmed.config import Config
 from fedmed.errors import FedMedError, UserError
 from fedmed.federation import messages as names
 from fedmed.federation.checkpoint import Checkpoint, CheckpointStore
 from fedmed.federation.exchange import Exchange, Quorum, Reply, read_answer, read_update, short_reason
 from fedmed.federation.history import Journal, Record
-from fedmed.federation.layout import Entry, Layout
+from fedmed.federation.layout import Layout
 from fedmed.federation.messages import Answer, Query, Update
-from fedmed.federation.records import TensorArray, decode_metrics, decode_state, encode_metrics, encode_state
+from fedmed.federation.records import TensorArray, decode_metrics, encode_state
 from fedmed.federation.seeding import numpy_rng
 from fedmed.federation.state import State
 from fedmed.federation.strategy import Strategy
@@ -359,59 +356,3 @@ def _first(values: Mapping[str, Any], *keys: str) -> float | None:
         if value is not None and not math.isnan(value):
             return float(value)
     return None
-
-
-def start_plain(
-    strategy: Strategy,
-    grid: Grid,
-    initial_arrays: ArrayRecord,
-    num_rounds: int,
-    timeout: float,
-    train_config: ConfigRecord | None,
-    evaluate_config: ConfigRecord | None,
-    evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None,
-) -> Result:
-    """`Strategy.start`: the round loop with Flower's own arguments, over FedMed or plain clients; everything in the arrays counts as trainable."""
-    state = decode_state(initial_arrays)
-    config = Config(
-        federation=FederationConfig(
-            rounds=num_rounds, plain_clients=True, train_deadline_s=timeout, query_deadline_s=timeout, evaluate_deadline_s=timeout, start_deadline_s=timeout
-        )
-    )
-    kinds = {n: "parameter" if v.is_floating_point() else "counter" for n, v in state.items()}
-    layout = Layout({n: Entry(kinds[n], kinds[n] == "parameter", False, tuple(v.shape), v.dtype) for n, v in state.items()}, {})
-    exchange = Exchange(grid, min_sites=config.federation.min_sites, plain_clients=True, start_deadline_s=timeout)
-    exchange.wait_for_sites()
-    result = Result()
-
-    def central(current: State, last: bool) -> dict[str, float]:
-        assert evaluate_fn is not None
-        record = evaluate_fn(loop.progress.round, encode_state(current))
-        if record is not None:
-            result.evaluate_metrics_serverapp[loop.progress.round] = record
-        return {} if record is None else {k: float(v) for k, v in record.items() if isinstance(v, (int, float))}
-
-    loop = RoundLoop(
-        strategy, exchange, config, layout, state,
-        central=central if evaluate_fn else None, extra_train=train_config or {}, extra_evaluate=evaluate_config or {},
-    )  # fmt: skip
-    if evaluate_fn is not None and (first := evaluate_fn(0, initial_arrays)) is not None:  # as Flower's own rules do
-        result.evaluate_metrics_serverapp[0] = first
-    result.arrays = encode_state(loop.run())
-    for phase, target in (("train", result.train_metrics_clientapp), ("evaluate", result.evaluate_metrics_clientapp)):
-        for number in range(1, num_rounds + 1):
-            records = [r for r in loop.journal.records if r["phase"] == phase and r["round"] == number and r["status"] == "ok"]
-            target[number] = encode_metrics(mean_metrics([(r["num_examples"], r["metrics"]) for r in records]))
-    return result
-
-
-def mean_metrics(pairs: Sequence[tuple[float, Mapping[str, Any]]]) -> dict[str, float]:
-    """Mean of each scalar metric weighted by number of items, over the sites where it is defined; a metric defined nowhere is left out."""
-    sums: dict[str, float] = {}
-    weights: dict[str, float] = {}
-    for weight, metrics in pairs:
-        for key, value in metrics.items():
-            if isinstance(value, (int, float)) and not math.isnan(value):
-                sums[key] = sums.get(key, 0.0) + weight * value
-                weights[key] = weights.get(key, 0.0) + weight
-    return {key: sums[key] / weights[key] for key in sums if weights[key] > 0}

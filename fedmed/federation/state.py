@@ -28,10 +28,11 @@ class RunningMean:
 
     def __init__(self) -> None:
         self._sums: State = {}
-        self._totals: dict[str, float] = {}
-        self._dtypes: dict[str, torch.dtype] = {}  # of the floating entries, as they came in
+        self._dtypes: dict[str, torch.dtype] = {}  # of the entries as they came in
         self._plan: Plan | None = None  # of the sums, if the first state came with one weight
-        self._flat: dict[torch.dtype, Tensor] = {}  # all sums of one type as one tensor
+        self._flats: list[Tensor] | None = None  # the sums as one tensor a type, if they lie in one block
+        self._whole = 0.0  # weights added to all entries of the plan at once
+        self._totals: dict[str, float] = {}  # weights added to single entries
 
     def add(self, state: Mapping[str, Tensor], weight: Weight) -> None:
         """Add one state of CPU tensors. `weight` >= 0 and finite, else `ValueError`; entries may differ from state to state."""
@@ -48,70 +49,61 @@ class RunningMean:
                     self._add_entry(name, value, entry_weight)
 
     def _add_whole(self, state: Mapping[str, Tensor], weight: float) -> None:
-        """Add with one weight: in one operation where the state lies in memory as the sums do, as replies usually do."""
+        """Add with one weight: in one operation a type if the state lies in memory as the sums do (replies do), else entry by entry."""
         if not self._sums:
-            self._make_room(state)
-        rest = list(state)
-        for kind, held in self._flat.items():
-            assert self._plan is not None
-            flat = self._plan.flat(state, kind)
-            if flat is None:
-                continue
-            whole = self._plan.names[kind]
-            _accumulate(held, flat, weight, first=whole[0] not in self._totals)
-            if kind.is_floating_point:
-                self._dtypes.update(dict.fromkeys(whole, kind))
-            self._totals.update({name: self._totals.get(name, 0.0) + weight for name in whole})
-            rest = [name for name in rest if self._plan.dtypes.get(name) != kind]
-        for name in rest:
-            self._add_entry(name, state[name], weight)
-
-    def _make_room(self, state: Mapping[str, Tensor]) -> None:
-        self._plan = Plan(state, {name: _sum_dtype(value.dtype) for name, value in state.items()})
-        self._sums = self._plan.blank()
-        flats = {kind: self._plan.flat(self._sums, kind) for kind in self._plan.names}
-        self._flat = {kind: flat for kind, flat in flats.items() if flat is not None}
+            self._dtypes = {name: value.dtype for name, value in state.items()}
+            self._plan = Plan(state, {name: _sum_dtype(kind) for name, kind in self._dtypes.items()})
+            self._sums = self._plan.blank()
+            self._flats = self._plan.flats(self._sums)
+        flats = self._plan.flats(state) if self._plan is not None and self._flats is not None else None
+        if self._flats is None or flats is None:
+            for name, value in state.items():
+                self._add_entry(name, value, weight)
+            return
+        first = self.empty  # if not, the state that made the plan has filled every entry of it
+        for held, flat in zip(self._flats, flats, strict=True):
+            _accumulate(held, flat, weight, first=first)
+        self._whole += weight
 
     def _add_entry(self, name: str, value: Tensor, weight: float) -> None:
         if name not in self._sums:
             self._sums[name] = torch.empty(value.shape, dtype=_sum_dtype(value.dtype))
-        _accumulate(self._sums[name], value, weight, first=name not in self._totals)
-        if value.is_floating_point():
             self._dtypes[name] = value.dtype
+        _accumulate(self._sums[name], value, weight, first=self.total(name) == 0.0)
         self._totals[name] = self._totals.get(name, 0.0) + weight
 
     def total(self, name: str) -> float:
         """Σ w_k of one entry (0.0 if nothing was added)."""
-        return self._totals.get(name, 0.0)
+        whole = self._whole if self._plan is not None and name in self._plan.starts else 0.0
+        return whole + self._totals.get(name, 0.0)
 
     @property
     def empty(self) -> bool:
         """True while nothing of positive weight was added."""
-        return not self._totals
+        return self._whole == 0.0 and not self._totals
 
     def result(self) -> State | None:
         """The mean, in the dtype of the inputs; None if nothing of positive weight was added. Ends the accumulation (the sums are given away)."""
         if self.empty:
             return None
-        divided: set[str] = set()
+        sums, dtypes = self._sums, self._dtypes
         with torch.no_grad():
-            for kind, held in self._flat.items():
-                assert self._plan is not None
-                totals = {self._totals[name] for name in self._plan.names[kind]}
-                if kind.is_floating_point and len(totals) == 1:
-                    held.div_(totals.pop())
-                    divided.update(self._plan.names[kind])
-            for name in self._dtypes.keys() - divided:
-                self._sums[name].div_(self._totals[name])
-            out = {name: value.to(self._dtypes.get(name, value.dtype)) for name, value in self._sums.items()}
-        self.__init__()  # type: ignore[misc]
-        return out
+            if self._flats is not None and not self._totals:
+                for held in self._flats:
+                    if held.is_floating_point():
+                        held.div_(self._whole)
+            else:
+                for name, value in sums.items():
+                    if value.is_floating_point():
+                        value.div_(self.total(name))
+        self.__dict__.update(RunningMean().__dict__)
+        return {name: value if value.dtype == dtypes[name] else value.to(dtypes[name]) for name, value in sums.items()}
 
 
 def _accumulate(held: Tensor, value: Tensor, weight: float, *, first: bool) -> None:
     """held ← held + weight · value, or the maximum for integers; the first value fills `held`."""
     if not value.is_floating_point():
-        held.copy_(value) if first else torch.maximum(held, value, out=held)
+        held.copy_(value if first else torch.maximum(held, value))
     elif first:
         torch.mul(value.to(held.dtype), weight, out=held)
     else:

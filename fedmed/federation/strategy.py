@@ -134,11 +134,11 @@ class Strategy(FlowerStrategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """Run the rule over any Flower grid with plain or FedMed clients, without run folder or resume; see `fedmed.federation.rounds`.
+        """Run the rule over any Flower grid with plain or FedMed clients, without run folder or resume; see `fedmed.federation.foreign`.
 
         `timeout` in seconds is the deadline of each phase. `train_config` and `evaluate_config` are added to what is sent.
         """
-        from fedmed.federation.rounds import start_plain
+        from fedmed.federation.foreign import start_plain
 
         return start_plain(self, grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
 

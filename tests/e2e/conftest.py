@@ -59,7 +59,9 @@ class Fault:
     `act(call)` gives the reply; it is called in place of the site and may call it.
     """
 
-    def __init__(self, act: Callable[[Call], Message | None], *rounds: int, partition: int | None = 1, kind: str = "train") -> None:
+    def __init__(
+        self, act: Callable[[Call], Message | None], *rounds: int, partition: int | None = 1, kind: str = "train"
+    ) -> None:
         self.act, self.rounds, self.partition, self.kind = act, rounds, partition, kind
 
     def __call__(self, message: Message, call: Call) -> Message | None:
@@ -110,7 +112,9 @@ class Lab:
             node[last] = value
         return from_tree(tree)
 
-    def run(self, out: Path | None = None, *, options: Mapping[str, Any] | None = None, **overrides: Any) -> tuple[Path, dict[str, Any]]:
+    def run(
+        self, out: Path | None = None, *, options: Mapping[str, Any] | None = None, **overrides: Any
+    ) -> tuple[Path, dict[str, Any]]:
         """Run and give folder and summary; `options` go to `fedmed.engines.run`."""
         config = self.config(out, **overrides)
         return Path(config.out), run(config, **(options or {}))

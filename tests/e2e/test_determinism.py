@@ -11,7 +11,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedavg": {},
     "augmented": {"data.augment": ["hflip", "shift"], "training.epochs": 2},
     "sampled": {"federation.fraction": 0.5, "data.phantom": {"num_sites": 4, "images_per_site": 20, "image_size": 16}},
-    "large": {"model.args": {"widths": [32, 128, 256]}, "federation.rounds": 4},  # states above a megabyte share memory blocks
+    "large": {
+        "model.args": {"widths": [32, 128, 256]},
+        "federation.rounds": 4,
+    },  # states above a megabyte share memory blocks
     "fedbn": {"client.name": "local_norm", "optimizer.persist": True},
 }
 

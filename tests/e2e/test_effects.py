@@ -21,7 +21,13 @@ SEEDS = (0, 1)
 
 def short_run(experiment: str, seed: int, folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Run until one round after the estimate: summary and truth by site."""
-    words = ["federation.rounds=5", "strategy.args.warmup_rounds=4", "evaluation.sites=false", f"seed={seed}", f"out={folder / 'run'}"]
+    words = [
+        "federation.rounds=5",
+        "strategy.args.warmup_rounds=4",
+        "evaluation.sites=false",
+        f"seed={seed}",
+        f"out={folder / 'run'}",
+    ]
     config = load_config(experiment, words)
     return run(config), read_truth(site_file(with_absolute_paths(config)))
 

@@ -25,7 +25,11 @@ CLASSIFICATION = [
     "federation.rounds=2",
 ]
 METHODS = {
-    "fednoro": [*CLASSIFICATION, "data.partition.args.num_clients=2", "strategy.args={warmup_rounds: 1, ramp_begin: 1, ramp_end: 2}"],
+    "fednoro": [
+        *CLASSIFICATION,
+        "data.partition.args.num_clients=2",
+        "strategy.args={warmup_rounds: 1, ramp_begin: 1, ramp_end: 2}",
+    ],
     "fedbn": CLASSIFICATION,
     "feda3i": [
         "data.phantom={num_sites: 2, images_per_site: 24, image_size: 32}",
@@ -82,7 +86,9 @@ def assert_nothing_left(out: Path) -> None:
 
 def test_ray_gives_the_model_of_the_local_engine_and_tells_of_every_round(cached: Path, tmp_path: Path) -> None:
     assert main([*words("fednoro", tmp_path / "local", "local"), "--quiet"]) == 0
-    done = subprocess.run([*FEDMED, *words("fednoro", tmp_path / "ray", "ray")], cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [*FEDMED, *words("fednoro", tmp_path / "ray", "ray")], cwd=tmp_path, capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0, done.stderr
     assert_same_results(tmp_path / "local", tmp_path / "ray")
     rounds = re.findall(r"^round (\d)/2  loss [\d.]+  bacc [\d.]+", done.stderr, re.MULTILINE)
@@ -167,7 +173,9 @@ def test_wrong_input_is_one_line_before_anything_is_started(
     assert not out.exists() or not any(out.iterdir())  # so the same command with the mistake mended works
 
 
-def test_a_gpu_that_clients_will_not_use_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_gpu_that_clients_will_not_use_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     from fedmed.config import Config, EngineConfig
     from fedmed.errors import UserError
 

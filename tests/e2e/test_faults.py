@@ -93,7 +93,9 @@ def check_left_out(lab: Any, out: Path, store: dict[str, Any], reason: str) -> N
     failed = lab.history(out, status="failed")
     assert [(r["round"], r["phase"], r["site"]) for r in failed] == [(2, "train", SECOND)]
     assert reason in failed[0]["reason"]
-    assert lab.summary(out)["failures"] == [{"round": 2, "phase": "train", "site": SECOND, "reason": failed[0]["reason"]}]
+    assert lab.summary(out)["failures"] == [
+        {"round": 2, "phase": "train", "site": SECOND, "reason": failed[0]["reason"]}
+    ]
     assert [r for r in lab.history(out) if r["status"] == "ok"] == rest
     assert lab.model(out) == model
 
@@ -142,7 +144,11 @@ def test_a_site_that_cannot_be_scored_is_left_out_of_the_scores_only(lab: Any) -
 
 
 def test_an_unanswered_query_means_clean(lab: Any) -> None:
-    settings = {"strategy.name": "fednoro", "client.name": "fednoro", "strategy.args": {"warmup_rounds": 1, "num_votes": 3}}
+    settings = {
+        "strategy.name": "fednoro",
+        "client.name": "fednoro",
+        "strategy.args": {"warmup_rounds": 1, "num_votes": 3},
+    }
     out, summary = lab.run(options={"intercept": lab.fault(raises, kind="query.method")}, **settings)
     failed = lab.history(out, phase="query", status="failed")
     assert [(r["round"], r["site"]) for r in failed] == [(2, SECOND)]
@@ -155,7 +161,11 @@ def test_an_unanswered_query_means_clean(lab: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["train", "query.method"])
 def test_quorum_lost_and_resumed(lab: Any, kind: str) -> None:
-    settings = {"strategy.name": "fednoro", "client.name": "fednoro", "strategy.args": {"warmup_rounds": 1, "num_votes": 3}}
+    settings = {
+        "strategy.name": "fednoro",
+        "client.name": "fednoro",
+        "strategy.args": {"warmup_rounds": 1, "num_votes": 3},
+    }
     whole, _ = lab.run(**settings)
     out = lab.new()
     nobody = lab.fault(raises, 2, partition=None, kind=kind)
@@ -167,7 +177,9 @@ def test_quorum_lost_and_resumed(lab: Any, kind: str) -> None:
     assert "checkpoint after round 1 is kept" in text and "--resume" in text
     assert CheckpointStore(out / "checkpoint").rounds() == [1]
     phase = "train" if kind == "train" else "query"
-    assert len(lab.history(out, phase=phase, round=2, status="failed")) == 3  # on disk, although the round does not count
+    assert (
+        len(lab.history(out, phase=phase, round=2, status="failed")) == 3
+    )  # on disk, although the round does not count
     lab.run(out, options={"resume": True}, **settings)
     assert lab.model(whole) == lab.model(out) and lab.history(whole) == lab.history(out)
 
@@ -202,7 +214,11 @@ def test_a_derived_site_without_training_items_is_heard_and_not_summed(lab: Any,
     """A partition may leave a client nothing to train on; it is still scored."""
     from fedmed.engines import prepare
 
-    derived = {"data.partition.name": "iid", "data.partition.args": {"num_clients": 3}, "data.cache_dir": str(tmp_path / "own")}
+    derived = {
+        "data.partition.name": "iid",
+        "data.partition.args": {"num_clients": 3},
+        "data.cache_dir": str(tmp_path / "own"),
+    }
     path = prepare.site_file(prepare.with_absolute_paths(lab.config(**derived)))
     make_empty(path, "site_01")
     out, _ = lab.run(**derived, **KEPT, **{"evaluation.mode": "before"})

@@ -53,7 +53,9 @@ def test_flower_strategy_drives_our_sites(lab: Any, name: str, args: dict[str, A
     out, summary = lab.run(**{"strategy.name": f"flwr:{name}", "strategy.args": args, "federation.rounds": 2})
     assert [r["round"] for r in lab.history(out, phase="train")] == [1, 2]
     assert all(math.isfinite(r["metrics"]["train_loss"]) for r in lab.history(out, phase="train"))
-    assert [r["round"] for r in lab.history(out, phase="evaluate")] == ([] if args.get("fraction_evaluate") == 0.0 else [1, 2])
+    assert [r["round"] for r in lab.history(out, phase="evaluate")] == (
+        [] if args.get("fraction_evaluate") == 0.0 else [1, 2]
+    )
     assert summary["rounds"] == 2
     state = lab.state(out)
     assert state["block1.norm.num_batches_tracked"].dtype == torch.int64
@@ -71,7 +73,9 @@ def test_flowers_fedavg_is_ours_up_to_rounding(lab: Any) -> None:
 
 def test_central_scores_of_a_flower_strategy(lab: Any) -> None:
     derived = {"data.partition.name": "iid", "data.partition.args": {"num_clients": 3}}
-    out, summary = lab.run(**derived, **{"strategy.name": "flwr:FedAvg", "federation.rounds": 2, "evaluation.central": "auto"})
+    out, summary = lab.run(
+        **derived, **{"strategy.name": "flwr:FedAvg", "federation.rounds": 2, "evaluation.central": "auto"}
+    )
     assert [r["round"] for r in lab.history(out, phase="central")] == [1, 2]
     assert summary["central"]["last"]["round"] == 2
 
@@ -102,7 +106,10 @@ def test_a_flower_strategy_whose_sites_all_fail_is_an_error(lab: Any) -> None:
         raise RuntimeError("no")
 
     with pytest.raises(FedMedError, match="gave no model back: every round failed"):
-        lab.run(options={"intercept": lab.fault(fail, partition=None)}, **{"strategy.name": "flwr:FedAvg", "federation.rounds": 1})
+        lab.run(
+            options={"intercept": lab.fault(fail, partition=None)},
+            **{"strategy.name": "flwr:FedAvg", "federation.rounds": 1},
+        )
 
 
 def test_our_rules_cannot_be_wrapped_and_say_so() -> None:

@@ -23,4 +23,6 @@ def test_metrics_are_the_stored_ones(name: str, tmp_path: Path) -> None:
     found = golden.measure(name, tmp_path / "run")
     assert set(found) == set(stored["metrics"])
     for key, expected in stored["metrics"].items():
-        assert math.isclose(found[key], expected, abs_tol=stored["tolerance"]), f"{key}: {found[key]} now, {expected} with {stored['versions']}"
+        assert math.isclose(found[key], expected, abs_tol=stored["tolerance"]), (
+            f"{key}: {found[key]} now, {expected} with {stored['versions']}"
+        )

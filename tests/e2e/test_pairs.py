@@ -87,7 +87,9 @@ def with_other(lab: Any, tmp_path: Path, kind: str, **phantom: Any) -> Any:
     other = make_phantom(tmp_path / "other.h5", kind, num_sites=1, images_per_site=10, **{"image_size": 16, **phantom})
     with h5py.File(other, "r+") as file:
         file["site_00"].attrs["site_name"] = "other"
-    nodes = [{"data-path": str(mine), "site": f"phantom-0{i}"} for i in range(2)] + [{"data-path": str(other), "site": "other"}]
+    nodes = [{"data-path": str(mine), "site": f"phantom-0{i}"} for i in range(2)] + [
+        {"data-path": str(other), "site": "other"}
+    ]
     return lab.run(**{"data.path": str(mine)}, options={"node_configs": nodes})
 
 
@@ -101,17 +103,29 @@ def test_nodes_with_files_of_their_own(lab: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "phantom", "message"),
     [
-        ("segmentation", {"image_size": 32}, r"sites differ in task: 'other' has segmentation, 'phantom-00' has classification"),
-        ("classification", {"image_size": 32}, r"sites differ in image_size: 'other' has \[32, 32\], .* has \[16, 16\]"),
+        (
+            "segmentation",
+            {"image_size": 32},
+            r"sites differ in task: 'other' has segmentation, 'phantom-00' has classification",
+        ),
+        (
+            "classification",
+            {"image_size": 32},
+            r"sites differ in image_size: 'other' has \[32, 32\], .* has \[16, 16\]",
+        ),
         ("multilabel", {}, "sites differ in task"),
     ],
 )
-def test_sites_of_other_files_must_agree(lab: Any, tmp_path: Path, kind: str, phantom: dict[str, Any], message: str) -> None:
+def test_sites_of_other_files_must_agree(
+    lab: Any, tmp_path: Path, kind: str, phantom: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         with_other(lab, tmp_path, kind, **phantom)
 
 
-@pytest.mark.parametrize(("key", "value"), [("classes", '["a", "b", "c", "d", "e", "f"]'), ("channels", '["X", "Y", "Z"]')])
+@pytest.mark.parametrize(
+    ("key", "value"), [("classes", '["a", "b", "c", "d", "e", "f"]'), ("channels", '["X", "Y", "Z"]')]
+)
 def test_classes_and_channels_must_agree(
     lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: str
 ) -> None:
@@ -170,7 +184,9 @@ def test_broken_site_file(lab: Any, tmp_path: Path, case: str, at: str) -> None:
         edit(file)
     nodes = [{"data-path": str(f), "site": f"phantom-0{i}"} for i, f in enumerate((path, broken))]
     options = {} if at == "simulation" else {"node_configs": nodes}
-    if at == "node" and case == "empty train split":  # a hospital may have nothing to train on yet, and is heard all the same
+    if (
+        at == "node" and case == "empty train split"
+    ):  # a hospital may have nothing to train on yet, and is heard all the same
         out, _ = lab.run(**UNET, **{"data.path": str(path)}, options=options)
         assert {r["site"] for r in lab.history(out, phase="train", status="empty")} == {"phantom-01"}
         return

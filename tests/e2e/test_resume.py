@@ -38,7 +38,9 @@ def check_resume(lab: Any, **settings: Any) -> None:
     parts = lab.new()
     for number in range(1, rounds + 1):
         lab.stopped(parts, number, resume=number > 1, **settings)
-    _, again = lab.run(parts, options={"resume": True}, **settings)  # stopped after the last round: only the end is left
+    _, again = lab.run(
+        parts, options={"resume": True}, **settings
+    )  # stopped after the last round: only the end is left
     assert lab.model(whole) == lab.model(parts)
     assert lab.history(whole) == lab.history(parts)
     for key in ("mean", "sites", "notes", "rounds", "central", "noisy_sites"):
@@ -131,7 +133,9 @@ def test_killed_in_the_middle_of_a_round(lab: Any, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(lab.config(parts, **settings)))
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    died = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "config.yaml")], env=environment, capture_output=True)
+    died = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "config.yaml")], env=environment, capture_output=True
+    )
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()[-2000:]
     assert CheckpointStore(parts / "checkpoint").rounds() == [2]
     assert [r["round"] for r in lab.history(parts, phase="train")] == [n for n in (1, 2, 3) for _ in range(3)]
@@ -171,7 +175,12 @@ def test_resume_with_another_configuration_is_refused_and_changes_nothing(lab: A
     out = lab.new()
     lab.stopped(out, 1)
     before = {p: p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
-    for change in ({"optimizer.lr": 0.5}, {"seed": 1}, {"strategy.name": "fedadam"}, {"model.args": {"widths": [4, 8]}}):
+    for change in (
+        {"optimizer.lr": 0.5},
+        {"seed": 1},
+        {"strategy.name": "fedadam"},
+        {"model.args": {"widths": [4, 8]}},
+    ):
         with pytest.raises(UserError, match=r"another configuration .* resume with the config\.yaml"):
             lab.run(out, options={"resume": True}, **change)
     assert {p: p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()} == before
@@ -206,7 +215,7 @@ def test_the_folder_of_an_earlier_run_is_not_run_over(lab: Any) -> None:
     out, _ = lab.run(**{"federation.rounds": 1})
     with pytest.raises(UserError, match="holds a run that reached round 1; resume it"):
         lab.run(out, **{"federation.rounds": 1})
-    with pytest.raises(UserError, match="is not empty .* add --resume"):
+    with pytest.raises(UserError, match=r"is not empty .* add --resume"):
         prepare(out)
     assert prepare(out, resume=True).path == out
     with pytest.raises(UserError, match="nothing to go on with"):

@@ -48,14 +48,18 @@ class Bench:
         made.load_view("global")
         return made
 
-    def send(self, kind: str, number: int = 1, personal_round: int = 0, arrays: State | None = None, **more: Any) -> SimpleNamespace:
+    def send(
+        self, kind: str, number: int = 1, personal_round: int = 0, arrays: State | None = None, **more: Any
+    ) -> SimpleNamespace:
         """Send a message and give the parts of the reply: metrics, arrays, extras."""
         head = {"round": number, "rounds": 4, "personal_round": personal_round, "durable_round": 0}
         content = pack(arrays=self.initial if arrays is None else arrays, config={**head, **more})
         reply = answer(kind, self.workshop, self.place, content)
         parts = {name: decode_state(record) for name, record in reply.array_records.items()}
         metrics = dict(reply.metric_records["metrics"]) if "metrics" in reply.metric_records else {}
-        return SimpleNamespace(metrics=metrics, arrays=parts.get("arrays"), extras=parts.get("extras", {}), content=reply)
+        return SimpleNamespace(
+            metrics=metrics, arrays=parts.get("arrays"), extras=parts.get("extras", {}), content=reply
+        )
 
 
 @pytest.fixture

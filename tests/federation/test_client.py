@@ -174,14 +174,18 @@ def test_what_no_leaf_declares_is_refused(bench: BenchFactory, monkeypatch: pyte
                 return {"grid": torch.ones(2)}, {"fine": 1.0}
             return ({"fine": torch.ones(2)}, {}) if kind == "array" else ({}, {"grid": 1.0})
 
-        def query_secret(self, config: dict[str, Any], extras: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        def query_secret(
+            self, config: dict[str, Any], extras: dict[str, Tensor]
+        ) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return {}, {"secret": 1.0}
 
     use(monkeypatch, Leaky)
     site = bench()
     good = site.send("train")
     assert good.metrics["fine"] == 1.0 and good.extras["grid"].tolist() == [1.0, 1.0]
-    with pytest.raises(FedMedError, match=rf"Leaky wanted to send the {kind} '(fine|grid)', which its `leaves` do not declare"):
+    with pytest.raises(
+        FedMedError, match=rf"Leaky wanted to send the {kind} '(fine|grid)', which its `leaves` do not declare"
+    ):
         site.send("train", number=2)
     with pytest.raises(FedMedError, match="'secret'"):
         site.send("query", query="secret")
@@ -211,7 +215,9 @@ class Counting(Supervised):
         return isinstance(module, nn.BatchNorm2d)
 
 
-def test_the_site_goes_on_from_the_round_the_server_accepted(bench: BenchFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_site_goes_on_from_the_round_the_server_accepted(
+    bench: BenchFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     use(monkeypatch, Counting)
     site = bench()
     assert not any("norm" in name for name in site.layout.exchanged)

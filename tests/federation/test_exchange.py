@@ -111,7 +111,9 @@ def test_too_few_sites_by_the_deadline() -> None:
 @pytest.mark.parametrize("field", ["classes", "channels", "image_size"])
 def test_sites_that_differ_are_refused(field: str, caplog: pytest.LogCaptureFixture) -> None:
     nodes = ({"site": "a"}, {"site": "b"}, {"site": "c", "odd": field})
-    with pytest.raises(UserError, match=f"sites differ in {field}: 'a' has .*, 'c' has .*; all sites of a run must agree"):
+    with pytest.raises(
+        UserError, match=f"sites differ in {field}: 'a' has .*, 'c' has .*; all sites of a run must agree"
+    ):
         exchange(grid(*nodes)).wait_for_sites()
     late = exchange(grid(*nodes))  # one that turns up in the middle of a run is left out
     with caplog.at_level(logging.WARNING, "fedmed.server"):
@@ -238,7 +240,9 @@ def test_how_many_are_needed(asked: int, share: float, needed: int) -> None:
 def test_quorum_lost_names_who_failed_and_how_to_go_on() -> None:
     short = quorum(4, 0.5)
     short.valid, short.failures = 1, ["b: late", "c: raised"]
-    with pytest.raises(QuorumLost, match=r"round 3, training: 1 valid .* of 4 asked, 2 needed \(b: late; c: raised\)\. how to go on"):
+    with pytest.raises(
+        QuorumLost, match=r"round 3, training: 1 valid .* of 4 asked, 2 needed \(b: late; c: raised\)\. how to go on"
+    ):
         short.check()
     short.valid = 2
     short.check()
@@ -262,7 +266,13 @@ def test_short_reason_is_the_last_line() -> None:
 
 @pytest.mark.parametrize(
     ("leaf", "name", "covered"),
-    [("a", "a", True), ("a", "ab", False), ("loss/*", "loss/ce", True), ("loss/*", "loss/", False), ("l_*_x", "l_1_x", True)],
+    [
+        ("a", "a", True),
+        ("a", "ab", False),
+        ("loss/*", "loss/ce", True),
+        ("loss/*", "loss/", False),
+        ("l_*_x", "l_1_x", True),
+    ],
 )
 def test_leaves_cover_names(leaf: str, name: str, covered: bool) -> None:
     assert Leaf(leaf, "1", "").covers(name) is covered
