@@ -25,15 +25,21 @@ def _workshop(text: str, experiment: str, overrides: str, out: str) -> Workshop:
     return Workshop(from_run_config({"config": text, "experiment": experiment, "overrides": overrides, "out": out}))
 
 
+@lru_cache(maxsize=1)
+def _simulated_file(workshop: Workshop) -> Path:
+    """The site file of the simulation this process serves; asked for once, since the answer is keyed by the whole configuration."""
+    from fedmed.engines.prepare import site_file
+
+    return site_file(workshop.config)
+
+
 def _place(config: Config, context: Context, workshop: Workshop) -> Place:
     """Where this node's data are: `data-path` of its node config (a hospital), else its share of the simulation's site file."""
     node = context.node_config
     if "data-path" in node:
         state = node.get("state-dir")
         return Place(Path(str(node["data-path"])), site=str(node["site"]) if "site" in node else None, state=Path(str(state)) if state else None)
-    from fedmed.engines.prepare import site_file
-
-    place = Place(site_file(config), partition=int(node["partition-id"]))
+    place = Place(_simulated_file(workshop), partition=int(node["partition-id"]))
     if not config.out:
         return place
     return Place(place.data, partition=place.partition, state=Path(config.out) / "sites" / folder_name(workshop.data(place).name))

@@ -52,6 +52,8 @@ def main(grid: Grid, context: Context) -> None:
 
     config = from_run_config(context.run_config)
     resume = bool(context.run_config.get("resume", False))
+    if not config.out and config.data.path:  # a simulation: its sites keep personal state and scores there, so they must know it too
+        raise UserError('the key out is empty; say where results go: flwr run ... -c \'out="/absolute/path" ...\'')
     if not config.out:
         config = dataclasses.replace(config, out=str(default_out(config.name)))
     config = with_absolute_paths(config)

@@ -213,9 +213,9 @@ class Client:
         if missing:  # the resident model would keep what another site trained
             raise FedMedError(f"the received model has no entry {missing[0]!r} ({len(missing)} of {len(self.layout.exchanged)} are missing)")
         target = self.model.state_dict()
+        source = {**self.received, **own}
         with torch.no_grad():
-            for name, value in {**self.received, **own}.items():
-                target[name].copy_(value)
+            torch._foreach_copy_([target[name] for name in source], list(source.values()))
 
     def fit(self) -> dict[str, float]:
         """Train for `training.epochs` (or `max_steps`) and give `train_loss` and one mean per named term. No host synchronisation inside."""

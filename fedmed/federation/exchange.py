@@ -166,6 +166,7 @@ class Exchange:
                 yield Reply(site, None, short_reason(message.error.reason or ""), seconds)
             else:
                 yield Reply(site, message, None, seconds)
+            message = None  # not held while the next site works
 
     def _await(self, message_id: str, deadline: float) -> Message | None:
         pause = _POLL_S[0]

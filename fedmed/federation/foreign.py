@@ -1,7 +1,8 @@
 """Flower's own pieces beside ours: its strategies over our sites, and our rules called as Flower calls its own.
 
 `strategy.name=flwr:FedMedian` with that class's own arguments. What is lost: resume and checkpoints, the quorum, site-name order of sums (so
-bit-equality between engines), dropping of broken updates, queries, extras and personal rounds. What stays: our clients and their losses, the run folder, the history (one record per round instead of one per site).
+bit-equality between engines), dropping of broken updates, queries, extras and personal rounds. What stays: our clients and their losses, the
+run folder, the history (one record per round instead of one per site).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
 from torch import Tensor
 
-from fedmed.federation.state import State
+from fedmed.federation.state import State, clone_state
 
 Metrics = dict[str, float | int | list[float] | list[int]]
 
@@ -68,11 +68,14 @@ def encode_state(state: Mapping[str, Tensor]) -> ArrayRecord:
 
 
 def decode_state(record: ArrayRecord) -> State:
-    """Read a state from a record: by reference where the sender is in this process, else one copy. Read-only for the receiver."""
-    state: State = {}
-    for name, array in record.items():
-        state[name] = array.__dict__["tensor"] if isinstance(array, TensorArray) else torch.from_numpy(array.numpy())
-    return state
+    """Read a state from a record: by reference where the sender is in this process, else a copy of our own. Read-only for the receiver.
+
+    The copy lies in memory as a reply of this process does, so that sums over either are the same operations.
+    """
+    arrays = dict(record.items())
+    if all(isinstance(array, TensorArray) for array in arrays.values()):
+        return {name: array.__dict__["tensor"] for name, array in arrays.items()}
+    return clone_state({n: a.__dict__["tensor"] if isinstance(a, TensorArray) else torch.from_numpy(a.numpy()) for n, a in arrays.items()})
 
 
 def encode_metrics(metrics: Mapping[str, Any]) -> MetricRecord:

@@ -271,6 +271,7 @@ class RoundLoop:
                 self._record(scored, "evaluate", reply, num_examples=_scored(scores), metrics=scores)
             if result.arrays:
                 yield result
+            del reply, result  # not held while the next site works
 
     # ------------------------------------------------------------------ evaluation
 

@@ -74,7 +74,7 @@ def _pictures(client: Client, images: Tensor, targets: Tensor, prob: Tensor) -> 
 def write_case_files(folder: Path, scored: list[Scored]) -> None:
     """Write `cases.csv` and, for segmentation, `overlay.npz` into a site's own folder (0700), atomically; they never travel."""
     folder.mkdir(parents=True, exist_ok=True)
-    os.chmod(folder, 0o700)
+    folder.chmod(0o700)
     rows = [row for s in scored for row in s.cases]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     temporary = folder / f".cases.csv.{os.getpid()}.tmp"

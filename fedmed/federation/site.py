@@ -139,6 +139,16 @@ def _moment(config: Mapping[str, Any]) -> Moment:
     return Moment(**{**wanted, "round": number})
 
 
+def _seed_torch(seed: int, device: torch.device) -> None:
+    """Seed the generators that dropout and the like draw from, of the CPU and of the device in use.
+
+    `torch.manual_seed` would also queue a seed, with a formatted stack, for every kind of accelerator that is not in use, and keep them all.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed_all(seed)
+
+
 class SiteSession:
     """One message at one site: client, personal state, scoring."""
 
@@ -155,7 +165,7 @@ class SiteSession:
         self.fresh = kept is None and self.moment.personal_round > 0
         self.client.personal = kept or {}
         torch.set_num_threads(self.config.engine.threads)
-        torch.manual_seed(derive_seed(self.config.seed, self.moment.round, data.name, "torch"))
+        _seed_torch(derive_seed(self.config.seed, self.moment.round, data.name, "torch"), workshop.device)
 
     # ------------------------------------------------------------------ train
 
@@ -174,8 +184,7 @@ class SiteSession:
         metrics: dict[str, Any] = dict(client.fit()) if len(client.train_set) else {}
         more_arrays, more_metrics = client.end_round()
         count = len(client.train_set)
-        trained = clone_state(client.layout.exchanged_state(client.model)) if count else None
-        arrays = {n: v.cpu() for n, v in trained.items()} if trained is not None else None
+        arrays = clone_state(client.layout.exchanged_state(client.model)) if count else None
         self._keep_personal()
         if self.message_config.get("evaluate") == "after":
             client.received = arrays or client.received

@@ -125,6 +125,7 @@ def weighted_mean(states: Iterable[tuple[Weight, Mapping[str, Tensor]]]) -> Stat
     mean = RunningMean()
     for weight, state in states:
         mean.add(state, weight)
+        del state  # whoever makes the next one need not find this one in memory
     return mean.result()
 
 

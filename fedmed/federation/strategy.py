@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -37,6 +37,13 @@ class NoParams:
 @dataclass(frozen=True)
 class NoState:
     """A rule that remembers nothing from round to round."""
+
+
+def by_examples(updates: Iterable[Update]) -> Iterator[tuple[int, ModelState]]:
+    """Pairs (number of examples, state) for `weighted_mean`; no update is held while the next one is made."""
+    for update in updates:
+        yield update.num_examples, update.arrays
+        del update
 
 
 class Strategy(FlowerStrategy):
@@ -84,7 +91,7 @@ class Strategy(FlowerStrategy):
 
         Give `global_state` back when there is nothing to average. It must not be written into.
         """
-        mean = weighted_mean((update.num_examples, update.arrays) for update in updates)
+        mean = weighted_mean(by_examples(updates))
         # Entries that nobody sent (a group that every site leaves out) stay as they are.
         return global_state if mean is None else {**global_state, **mean}
 

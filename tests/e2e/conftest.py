@@ -37,7 +37,7 @@ Call = Callable[[], Message]
 
 
 class Stop:
-    """Interrupts the run (as Ctrl-C does) when a round is over; `rounds` None: after every round."""
+    """Interrupts the run (as Ctrl-C does) when one of these rounds is over; none named: after the first."""
 
     def __init__(self, *rounds: int) -> None:
         self.rounds = rounds
