@@ -88,7 +88,10 @@ class FlowerAveraging:
 
     def state(self) -> dict[str, Tensor]:
         """One average as tensors."""
-        return {name: torch.from_numpy(array.numpy()) for name, array in self._average(self._records, "num-examples").items()}
+        return {
+            name: torch.from_numpy(array.numpy())
+            for name, array in self._average(self._records, "num-examples").items()
+        }
 
 
 class BandwidthLimit:
@@ -132,7 +135,9 @@ def measure_memory(base_width: int, count: int) -> None:
     """Run in a fresh process: aggregate once with replies made one by one; print bytes of a state and growth of the peak."""
     base = make_state(base_width)
     one = num_bytes(base)
-    list(replies({name: value[:1] if value.ndim else value for name, value in base.items()}, 2))  # load what the generator needs
+    list(
+        replies({name: value[:1] if value.ndim else value for name, value in base.items()}, 2)
+    )  # load what the generator needs
     before = _peak_bytes()
     mean = RunningMean()
     for weight, state in replies(base, count):
@@ -144,7 +149,15 @@ def measure_memory(base_width: int, count: int) -> None:
 
 def show_memory(base_width: int, count: int) -> None:
     """Measure in a child process and print."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--memory", "--base-width", str(base_width), "--count", str(count)]
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--memory",
+        "--base-width",
+        str(base_width),
+        "--count",
+        str(count),
+    ]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
     one, total = found["state"], found["growth"] + found["held"]
     print(
@@ -175,7 +188,12 @@ def main() -> None:
     num_elements = num_bytes(base) // 4
     print(f"{common.machine()}; {options.count} states of {len(base)} entries, {num_bytes(base) / 1e6:.1f} MB each")
     limit = BandwidthLimit(num_elements, options.count)
-    cases = {"bandwidth limit": limit, "streaming mean": lambda: streaming(weighted), "naive loop": lambda: naive(weighted), "Flower": flower}
+    cases = {
+        "bandwidth limit": limit,
+        "streaming mean": lambda: streaming(weighted),
+        "naive loop": lambda: naive(weighted),
+        "Flower": flower,
+    }
     times = common.interleave(cases, options.repetitions)
     common.show_times(times)
     common.show_ratio("streaming mean / limit", times["streaming mean"], times["bandwidth limit"], "<= 2")

@@ -74,7 +74,9 @@ def show_times(times: Mapping[str, Times]) -> None:
 
 def show_ratio(label: str, of: Times, to: Times, target: str) -> None:
     """Print the ratio of two cases by CPU time and by wall time, with quartiles, beside the target."""
-    print(f"{label}: {spread(ratios(of.cpu, to.cpu))} by CPU time, {spread(ratios(of.wall, to.wall))} by wall time; target {target}")
+    print(
+        f"{label}: {spread(ratios(of.cpu, to.cpu))} by CPU time, {spread(ratios(of.wall, to.wall))} by wall time; target {target}"
+    )
 
 
 def machine() -> str:

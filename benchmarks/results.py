@@ -76,13 +76,27 @@ def tables(comparison: dict[str, Any], keys: list[tuple[str, str, int]], out: Pa
         for arm in arms:
             where = setting if (setting, arm, 0) in keys else content.get("against", setting)
             rows[arm] = {m: [value_of(out / where / f"{arm}-{seed}", m, last) for seed in seeds] for m in metrics}
-        text += [f"### {content['title']}", "", "| arm | " + " | ".join(metrics) + " |", "|---|" + "---|" * len(metrics)]
+        text += [
+            f"### {content['title']}",
+            "",
+            "| arm | " + " | ".join(metrics) + " |",
+            "|---|" + "---|" * len(metrics),
+        ]
         text += ["| " + " | ".join([arm, *(spread(rows[arm][m]) for m in metrics)]) + " |" for arm in arms]
         pairs = {m: [b - a for a, b in zip(rows[arms[0]][m], rows[arms[1]][m], strict=True)] for m in metrics}
         text += ["| difference | " + " | ".join(spread(pairs[m]) for m in metrics) + " |", ""]
-        text += ["| seed | " + " | ".join(f"Δ {m}" for m in metrics) + " | precision | recall | groups | largest weight |", "|---|" + "---|" * (len(metrics) + 4)]
+        text += [
+            "| seed | " + " | ".join(f"Δ {m}" for m in metrics) + " | precision | recall | groups | largest weight |",
+            "|---|" + "---|" * (len(metrics) + 4),
+        ]
         for i, seed in enumerate(seeds):
-            text.append(f"| {seed} | " + " | ".join(f"{pairs[m][i]:+.3f}" for m in metrics) + " | " + " | ".join(findings(out / setting / f"{arms[1]}-{seed}")) + " |")
+            text.append(
+                f"| {seed} | "
+                + " | ".join(f"{pairs[m][i]:+.3f}" for m in metrics)
+                + " | "
+                + " | ".join(findings(out / setting / f"{arms[1]}-{seed}"))
+                + " |"
+            )
         text.append("")
     return "\n".join(text)
 
@@ -111,7 +125,11 @@ def main() -> int:
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(run_one, comparison["base"], words): key for key, words in jobs.items()}
         for done, future in enumerate(as_completed(futures), 1):
-            print(f"{done}/{len(futures)} {' '.join(map(str, futures[future]))}: {future.result():.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"{done}/{len(futures)} {' '.join(map(str, futures[future]))}: {future.result():.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
     text = tables(comparison, list(jobs), out)
     (out / "tables.md").write_text(text)
     print(text)

@@ -108,7 +108,12 @@ def write_sites(path: Path, num_sites: int, images_per_site: int) -> Path:
         )
         for k in range(num_sites)
     ]
-    meta = {"task": "classification", "classes": [f"class {c}" for c in range(NUM_CLASSES)], "channels": ["grey"], "image_size": [IMAGE, IMAGE]}
+    meta = {
+        "task": "classification",
+        "classes": [f"class {c}" for c in range(NUM_CLASSES)],
+        "channels": ["grey"],
+        "image_size": [IMAGE, IMAGE],
+    }
     return write_site_file(path, meta, sites)
 
 
@@ -116,7 +121,9 @@ def write_mask_sites(path: Path, num_sites: int) -> Path:
     """A site file of a few tiny images with masks: enough to build a U-Net for."""
     shape = (4, 16, 16)
     sites = [
-        SiteArrays(f"site-{k:02d}", np.zeros(shape, np.uint8), {"mask": np.zeros(shape, np.uint8)}, {"train": np.arange(4)})
+        SiteArrays(
+            f"site-{k:02d}", np.zeros(shape, np.uint8), {"mask": np.zeros(shape, np.uint8)}, {"train": np.arange(4)}
+        )
         for k in range(num_sites)
     ]
     meta = {"task": "segmentation", "classes": ["background", "target"], "channels": ["grey"], "image_size": [16, 16]}
@@ -203,7 +210,10 @@ def compare(num_sites: int, images: int, epochs: int, rounds: int, hidden: int) 
             raise SystemExit(f"the bare loop stopped in round {turns.done + 1} of {rounds}; see the warning above")
         ours = load_file(folder / "run" / "model.safetensors")
         same = ours.keys() == loop.state.keys() and all(torch.equal(ours[n], loop.state[n]) for n in ours)
-        common.require(same, f"engine = bare loop, bit for bit, after {rounds} rounds of {num_sites} clients x {images // BATCH * epochs} steps")
+        common.require(
+            same,
+            f"engine = bare loop, bit for bit, after {rounds} rounds of {num_sites} clients x {images // BATCH * epochs} steps",
+        )
     return turns
 
 
@@ -238,7 +248,9 @@ def empty_rounds(num_sites: int, base_width: int, rounds: int) -> Turns:
         model, _ = make_model(config, "segmentation", 2, 1, (16, 16))
         after = load_file(folder / "run" / "model.safetensors")
         worst = max(float((after[n] - value).abs().max()) for n, value in model.state_dict().items())
-        common.require(worst < 1e-5, f"{rounds} empty rounds of {num_sites} clients leave the model as it was (to rounding)")
+        common.require(
+            worst < 1e-5, f"{rounds} empty rounds of {num_sites} clients leave the model as it was (to rounding)"
+        )
     return turns
 
 

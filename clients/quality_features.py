@@ -117,9 +117,7 @@ class QualityFeatures(Client):
     def begin_round(self, config: dict[str, Any], extras: dict[str, Tensor]) -> None:
         """Measure the features when asked; the model is still the received one."""
         if self.train_set.ignore_value is not None:
-            raise UserError(
-                "FedA3I needs complete masks, these leave pixels open; set data.annotation=mask"
-            )
+            raise UserError("FedA3I needs complete masks, these leave pixels open; set data.annotation=mask")
         self.features: dict[str, float] = self._measure() if config.get("estimate_noise") else {}
 
     def _measure(self) -> dict[str, float]:

@@ -81,4 +81,3 @@ def loss_name(name: str, task: str, activation: str) -> str:
             f"client.args.loss: {name!r} does not fit {task} with {activation} outputs; fitting: auto, {', '.join(fitting)}"
         )
     return name
-

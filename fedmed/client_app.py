@@ -38,11 +38,17 @@ def _place(config: Config, context: Context, workshop: Workshop) -> Place:
     node = context.node_config
     if "data-path" in node:
         state = node.get("state-dir")
-        return Place(Path(str(node["data-path"])), site=str(node["site"]) if "site" in node else None, state=Path(str(state)) if state else None)
+        return Place(
+            Path(str(node["data-path"])),
+            site=str(node["site"]) if "site" in node else None,
+            state=Path(str(state)) if state else None,
+        )
     place = Place(_simulated_file(workshop), partition=int(node["partition-id"]))
     if not config.out:
         return place
-    return Place(place.data, partition=place.partition, state=Path(config.out) / "sites" / folder_name(workshop.data(place).name))
+    return Place(
+        place.data, partition=place.partition, state=Path(config.out) / "sites" / folder_name(workshop.data(place).name)
+    )
 
 
 def _reason(error: Exception, simulated: bool) -> str:
@@ -57,7 +63,9 @@ def _handle(kind: str, message: Message, context: Context) -> Message:
     try:
         run = context.run_config
         workshop = _workshop(*(str(run.get(key, "")) for key in ("config", "experiment", "overrides", "out")))
-        return Message(answer(kind, workshop, _place(workshop.config, context, workshop), message.content), reply_to=message)
+        return Message(
+            answer(kind, workshop, _place(workshop.config, context, workshop), message.content), reply_to=message
+        )
     except Exception as error:  # the round goes on without this site; the server names it
         log.debug("%s failed", kind, exc_info=True)
         return Message(Error(_CLIENT_RAISED, _reason(error, "partition-id" in context.node_config)), reply_to=message)

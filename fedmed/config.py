@@ -115,9 +115,13 @@ class EvaluationConfig:
     """When and where models are scored."""
 
     every: int = 1  # rounds between evaluations; the last round is always scored
-    mode: str = "separate"  # separate message; before: received model in the train message; after: the site's trained model
+    mode: str = (
+        "separate"  # separate message; before: received model in the train message; after: the site's trained model
+    )
     sites: bool = True  # score at the sites
-    central: str = "auto"  # auto: the pooled clean items of a derived file, if any; none; or a site file of the coordinator's
+    central: str = (
+        "auto"  # auto: the pooled clean items of a derived file, if any; none; or a site file of the coordinator's
+    )
     select: str | None = None  # validation metric by which the best round is chosen, e.g. bacc
     hd95: bool = False  # 95th-percentile surface distance in the last evaluation (slow)
 
@@ -299,7 +303,10 @@ def _split_addons(tree: dict[str, Any]) -> dict[str, Any]:
     from fedmed.registry import ADDONS
 
     client = dict(tree.get("client") or {})
-    addons = {**(client.pop("addons", None) or {}), **{name: client.pop(name) for name in list(client) if name in ADDONS}}
+    addons = {
+        **(client.pop("addons", None) or {}),
+        **{name: client.pop(name) for name in list(client) if name in ADDONS},
+    }
     unknown = [key for key in client if key not in ("name", "args")]
     if unknown:
         raise UserError(f"unknown key 'client.{unknown[0]}'{nearest(unknown[0], ['name', 'args', *ADDONS])}")
@@ -441,8 +448,10 @@ def load_config(experiment: str | Path, overrides: Iterable[str] = ()) -> Config
 def from_run_config(run_config: Mapping[str, Any]) -> Config:
     """Build the config from Flower's flat run config: `config` (YAML text) wins, else `experiment` and `overrides` (shell-like words)."""
     text = str(run_config.get("config", ""))
-    config = from_yaml(text) if text else load_config(
-        str(run_config.get("experiment", "fedavg")), shlex.split(str(run_config.get("overrides", "")))
+    config = (
+        from_yaml(text)
+        if text
+        else load_config(str(run_config.get("experiment", "fedavg")), shlex.split(str(run_config.get("overrides", ""))))
     )
     out = str(run_config.get("out", ""))
     return dataclasses.replace(config, out=out) if out else config

@@ -39,7 +39,11 @@ from fedmed.report.summary import build_summary
 log = logging.getLogger("fedmed.server")
 app = ServerApp()
 # Metrics a round can be chosen by, per task; hd95 is measured in the last evaluation only.
-_SELECTABLE = {"segmentation": ("dice", "missed_fraction"), "classification": ("acc", "bacc", "auc", "f1"), "multilabel": ("auc", "map", "f1")}
+_SELECTABLE = {
+    "segmentation": ("dice", "missed_fraction"),
+    "classification": ("acc", "bacc", "auc", "f1"),
+    "multilabel": ("auc", "map", "f1"),
+}
 
 
 @app.main()
@@ -52,8 +56,10 @@ def main(grid: Grid, context: Context) -> None:
 
     config = from_run_config(context.run_config)
     resume = bool(context.run_config.get("resume", False))
-    if not config.out and config.data.path:  # a simulation: its sites keep personal state and scores there, so they must know it too
-        raise UserError('the key out is empty; say where results go: flwr run ... -c \'out="/absolute/path" ...\'')
+    if (
+        not config.out and config.data.path
+    ):  # a simulation: its sites keep personal state and scores there, so they must know it too
+        raise UserError("the key out is empty; say where results go: flwr run ... -c 'out=\"/absolute/path\" ...'")
     if not config.out:
         config = dataclasses.replace(config, out=str(default_out(config.name)))
     config = with_absolute_paths(config)
@@ -83,7 +89,9 @@ def _show_log(level: int) -> None:
         logger.addHandler(handler)
 
 
-def run_server(grid: Grid, config: Config, *, callbacks: Iterable[Callback] = (), resume: bool = False) -> dict[str, Any]:
+def run_server(
+    grid: Grid, config: Config, *, callbacks: Iterable[Callback] = (), resume: bool = False
+) -> dict[str, Any]:
     """Run a federation over any Flower grid and give its summary; `config.out` is the run folder.
 
     Raises `UserError` for what does not fit together, `QuorumLost` when too few sites answer (a checkpoint is kept).
@@ -137,11 +145,15 @@ def run_server(grid: Grid, config: Config, *, callbacks: Iterable[Callback] = ()
     write_safetensors(folder.model, _whole(model, final))
     truth = read_truth(data_path) if data_path is not None else {}
     elapsed = time.monotonic() - started if loop is None else loop.elapsed
-    summary = build_summary(folder.path, journal.records, config, truth, main_metric=main_metric(facts.task), seconds=elapsed)
+    summary = build_summary(
+        folder.path, journal.records, config, truth, main_metric=main_metric(facts.task), seconds=elapsed
+    )
     if loop is not None and loop.progress.best:
         _add_selected(summary, loop.progress.best, journal)
     if layout.personal:
-        summary["notes"]["personal_entries"] = f"{len(layout.personal)} entries stay at the sites; model.safetensors holds the run seed's values for them"
+        summary["notes"]["personal_entries"] = (
+            f"{len(layout.personal)} entries stay at the sites; model.safetensors holds the run seed's values for them"
+        )
     write_json(folder.summary, json_safe(summary))
     journal.tell("on_end", summary)
     return summary
@@ -176,7 +188,9 @@ def _add_selected(summary: dict[str, Any], best: dict[str, Any], journal: Journa
 def _checkpoint(store: CheckpointStore, config: Config, resume: bool) -> Checkpoint | None:
     """The checkpoint to go on from, if any. Raises `UserError` rather than run over the one of an earlier run."""
     if resume and config.strategy.name.startswith("flwr:"):
-        raise UserError("a Flower strategy (strategy.name=flwr:...) cannot be resumed; start the run anew in another folder")
+        raise UserError(
+            "a Flower strategy (strategy.name=flwr:...) cannot be resumed; start the run anew in another folder"
+        )
     if resume:
         return store.read()
     if store.rounds():
@@ -194,7 +208,9 @@ def make_strategy(config: Config) -> Strategy:
 
 def _check_task(role: str, tasks: tuple[str, ...], name: str, facts: Identity) -> None:
     if facts.task not in tasks:
-        raise UserError(f"{role} {name!r} is for {', '.join(tasks)}, the sites have a {facts.task} task; choose another {role} or data set")
+        raise UserError(
+            f"{role} {name!r} is for {', '.join(tasks)}, the sites have a {facts.task} task; choose another {role} or data set"
+        )
 
 
 def check_client(cls: type[Client], facts: Identity, config: Config) -> None:
@@ -213,7 +229,9 @@ def check_selection(config: Config, task: str, has_central: bool) -> None:
     if metric is None:
         return
     if metric not in _SELECTABLE[task]:
-        raise UserError(f"evaluation.select: {task} is not scored by {metric!r} every round{nearest(metric, _SELECTABLE[task])}")
+        raise UserError(
+            f"evaluation.select: {task} is not scored by {metric!r} every round{nearest(metric, _SELECTABLE[task])}"
+        )
     if not has_central and not (config.evaluation.sites and config.evaluation.mode == "separate"):
         raise UserError(
             "evaluation.select needs scores of the global model on validation items: evaluation.sites=true with evaluation.mode=separate, "
@@ -252,14 +270,18 @@ def _facts(exchange: Exchange, data_path: Path | None) -> Identity:
     if known:
         return min(known, key=lambda i: i.index)
     if data_path is None:
-        raise UserError("only plain Flower clients are online and data.path is empty; set data.path to a site file that says task, classes and image size")
+        raise UserError(
+            "only plain Flower clients are online and data.path is empty; set data.path to a site file that says task, classes and image size"
+        )
     return file_facts(data_path)
 
 
 def file_facts(path: Path) -> Identity:
     """What the sites of a site file have in common, as a nameless identity. Raises `UserError`."""
     with SiteFile.open(path) as file:
-        return Identity("", file.task, tuple(file.classes), tuple(file.channels), tuple(file.image_size), "", 0, plain=True)
+        return Identity(
+            "", file.task, tuple(file.classes), tuple(file.channels), tuple(file.image_size), "", 0, plain=True
+        )
 
 
 def _model_facts(config: Config, facts: Identity, activation: str) -> dict[str, Any]:
@@ -275,7 +297,9 @@ def _whole(model: nn.Module, exchanged: State) -> State:
     return {**model.state_dict(), **exchanged}
 
 
-def _central_scorer(config: Config, data_path: Path | None, model: nn.Module, layout: Layout, activation: str, cls: type[Client]) -> Scorer | None:
+def _central_scorer(
+    config: Config, data_path: Path | None, model: nn.Module, layout: Layout, activation: str, cls: type[Client]
+) -> Scorer | None:
     """A function that scores the global view on items the coordinator holds, or None if there are none."""
     choice = config.evaluation.central
     if choice == "none" or "global" not in cls.views:

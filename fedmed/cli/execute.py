@@ -67,7 +67,9 @@ def run_config(
     finally:
         for callback in callbacks:
             callback.close()
-        with contextlib.suppress(OSError):  # a run that never began leaves no empty folder; one that holds anything stays
+        with contextlib.suppress(
+            OSError
+        ):  # a run that never began leaves no empty folder; one that holds anything stays
             folder.path.rmdir()
     if not folder.config.exists():
         from fedmed.config import to_yaml

@@ -13,7 +13,12 @@ if TYPE_CHECKING:
 
 
 def run(
-    config: Config, *, resume: bool = False, callbacks: Iterable[Callback] = (), client_app: ClientApp | None = None, **grid_options: Any
+    config: Config,
+    *,
+    resume: bool = False,
+    callbacks: Iterable[Callback] = (),
+    client_app: ClientApp | None = None,
+    **grid_options: Any,
 ) -> dict[str, Any]:
     """Run a simulation on the engine of the configuration and give the summary; `config.out` names the run folder.
 

@@ -40,7 +40,9 @@ class TrainedModel:
         if stack.ndim != 4 or stack.shape[-1] != len(self.channels):
             shape = f"(N, H, W{', C' if len(self.channels) > 1 else ''})"
             raise UserError(f"expected images {shape} with {len(self.channels)} channels, got shape {np.shape(images)}")
-        decode = make_decoder(self.config.data.mean, self.config.data.std, len(self.channels), unsigned16=stack.dtype == np.uint16)
+        decode = make_decoder(
+            self.config.data.mean, self.config.data.std, len(self.channels), unsigned16=stack.dtype == np.uint16
+        )
         planes = np.ascontiguousarray(stack.transpose(0, 3, 1, 2))
         tensor = torch.from_numpy(planes.view(np.int16) if planes.dtype == np.uint16 else planes)
         out = []
@@ -75,9 +77,15 @@ def load(run_dir: str | Path, which: str = "last") -> TrainedModel:
             raise UserError(f"{needed} does not exist; {hint}")
     config = from_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
     facts = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-    model, activation = make_model(config, facts["task"], len(facts["classes"]), len(facts["channels"]), tuple(facts["image_size"]))
+    model, activation = make_model(
+        config, facts["task"], len(facts["classes"]), len(facts["channels"]), tuple(facts["image_size"])
+    )
     try:
         model.load_state_dict(read_safetensors(path))
     except RuntimeError as error:
-        raise UserError(f"{path} does not fit the model of config.yaml: {str(error).splitlines()[-1].strip()}") from error
-    return TrainedModel(model.eval(), config, facts["task"], tuple(facts["classes"]), tuple(facts["channels"]), activation)
+        raise UserError(
+            f"{path} does not fit the model of config.yaml: {str(error).splitlines()[-1].strip()}"
+        ) from error
+    return TrainedModel(
+        model.eval(), config, facts["task"], tuple(facts["classes"]), tuple(facts["channels"]), activation
+    )

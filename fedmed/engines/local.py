@@ -74,7 +74,9 @@ class LocalGrid(Grid):
         """Flower's run record."""
         return self._run
 
-    def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str = "", ttl: float | None = None) -> Message:
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str = "", ttl: float | None = None
+    ) -> Message:
         """Build a message (Flower's older way)."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 

@@ -16,7 +16,11 @@ from fedmed.registry import DERIVE, import_attribute
 def cache_folder(config: Config) -> Path:
     """Where derived site files go: `data.cache_dir`, else the user's cache folder. Made with mode 0700: it holds images."""
     chosen = config.data.cache_dir
-    folder = Path(chosen).expanduser() if chosen else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fedmed"
+    folder = (
+        Path(chosen).expanduser()
+        if chosen
+        else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fedmed"
+    )
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return folder.resolve()
 
@@ -52,7 +56,9 @@ def _site_file(text: str) -> Path:
 
     config = from_yaml(text)
     if not config.data.path:
-        raise UserError("data.path is empty: expected a site file (HDF5) or phantom:<kind>; for example data.path=phantom:classification")
+        raise UserError(
+            "data.path is empty: expected a site file (HDF5) or phantom:<kind>; for example data.path=phantom:classification"
+        )
     derived: Path = import_attribute(DERIVE)(config.data, config.seed, cache_folder(config))
     return derived
 
@@ -62,5 +68,7 @@ def count_sites(path: Path) -> int:
     with SiteFile.open(path) as file:
         empty = [s.name for s in file.sites if s.n_train == 0]
         if empty and (file.recipe is None or len(empty) == len(file.sites)):
-            raise UserError(f"{path}: the train split of {', '.join(empty[:3])} is empty; every site needs training items, or leave the site out of the file")
+            raise UserError(
+                f"{path}: the train split of {', '.join(empty[:3])} is empty; every site needs training items, or leave the site out of the file"
+            )
         return len(file.sites)

@@ -72,7 +72,13 @@ class Plan:
         bases = {v.data_ptr() - start for v, start in zip(values, self._starts, strict=True)}
         memory = values[0].untyped_storage()
         offset = bases.pop() - memory.data_ptr()
-        if bases or offset < 0 or offset % _ALIGNMENT or offset + self.num_bytes > memory.nbytes() or not all(map(Tensor.is_contiguous, values)):
+        if (
+            bases
+            or offset < 0
+            or offset % _ALIGNMENT
+            or offset + self.num_bytes > memory.nbytes()
+            or not all(map(Tensor.is_contiguous, values))
+        ):
             return None
         out = []
         for kind, (start, end) in self.segments.items():

@@ -93,7 +93,9 @@ def flatten(value: Any, arrays: State, place: str = "") -> Any:
     if isinstance(value, (tuple, list)):
         kind = "__tuple__" if isinstance(value, tuple) else "__list__"
         return {kind: [flatten(v, arrays, f"{place}/{i}") for i, v in enumerate(value)]}
-    raise TypeError(f"strategy state at {place!r}: expected numbers, strings, arrays and dicts of them, got {type(value).__name__}")
+    raise TypeError(
+        f"strategy state at {place!r}: expected numbers, strings, arrays and dicts of them, got {type(value).__name__}"
+    )
 
 
 def unflatten(tree: Any, arrays: State) -> Any:
@@ -128,7 +130,11 @@ class CheckpointStore:
         tree = {name: flatten(value, arrays, name) for name, value in checkpoint.strategy.items()}
         write_safetensors(temporary / "model.safetensors", checkpoint.model)
         write_safetensors(temporary / "strategy.safetensors", arrays)
-        values = {f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint) if f.name not in ("model", "strategy")}
+        values = {
+            f.name: getattr(checkpoint, f.name)
+            for f in dataclasses.fields(checkpoint)
+            if f.name not in ("model", "strategy")
+        }
         write_json(temporary / "meta.json", {**values, "strategy": tree})
         shutil.rmtree(final, ignore_errors=True)
         temporary.replace(final)
@@ -137,7 +143,9 @@ class CheckpointStore:
 
     def rounds(self) -> list[int]:
         """Rounds that have a checkpoint, ascending."""
-        return sorted(int(p.name.removeprefix("round-")) for p in self.folder.glob("round-*") if (p / "meta.json").is_file())
+        return sorted(
+            int(p.name.removeprefix("round-")) for p in self.folder.glob("round-*") if (p / "meta.json").is_file()
+        )
 
     def read(self) -> Checkpoint | None:
         """The newest checkpoint, or None. Raises `UserError` for a damaged one."""
@@ -151,4 +159,6 @@ class CheckpointStore:
             strategy = {name: unflatten(tree, arrays) for name, tree in meta.pop("strategy").items()}
             return Checkpoint(model=read_safetensors(folder / "model.safetensors"), strategy=strategy, **meta)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
-            raise UserError(f"the checkpoint {folder} is damaged ({error}); remove this folder to go on from the one before") from error
+            raise UserError(
+                f"the checkpoint {folder} is damaged ({error}); remove this folder to go on from the one before"
+            ) from error

@@ -211,7 +211,9 @@ class Client:
         own = {**self._initial, **own}
         missing = [name for name in self.layout.exchanged if name not in self.received]
         if missing:  # the resident model would keep what another site trained
-            raise FedMedError(f"the received model has no entry {missing[0]!r} ({len(missing)} of {len(self.layout.exchanged)} are missing)")
+            raise FedMedError(
+                f"the received model has no entry {missing[0]!r} ({len(missing)} of {len(self.layout.exchanged)} are missing)"
+            )
         target = self.model.state_dict()
         source = {**self.received, **own}
         with torch.no_grad():
@@ -246,7 +248,9 @@ class Client:
         for kind, sent in (("array", extras), ("metric", metrics)):
             for name in sent:
                 if not any(leaf.kind == kind and leaf.covers(name) for leaf in leaves):
-                    raise FedMedError(f"{type(self).__name__} wanted to send the {kind} {name!r}, which its `leaves` do not declare; nothing was sent")
+                    raise FedMedError(
+                        f"{type(self).__name__} wanted to send the {kind} {name!r}, which its `leaves` do not declare; nothing was sent"
+                    )
 
 
 def declared_leaves(client_class: type[Client], addons: Mapping[str, AddOn | type[AddOn]]) -> tuple[Leaf, ...]:
@@ -260,10 +264,14 @@ def make_optimizer(model: nn.Module, config: Config, personal: Mapping[str, Tens
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer: torch.optim.Optimizer
     if settings.name == "sgd":
-        optimizer = torch.optim.SGD(parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
+        optimizer = torch.optim.SGD(
+            parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+        )
     else:
         kind = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
-        optimizer = kind(parameters, lr=settings.lr, betas=(settings.betas[0], settings.betas[1]), weight_decay=settings.weight_decay)
+        optimizer = kind(
+            parameters, lr=settings.lr, betas=(settings.betas[0], settings.betas[1]), weight_decay=settings.weight_decay
+        )
     if settings.persist:
         _restore_moments(model, optimizer, personal)
     return optimizer
@@ -284,4 +292,6 @@ def _restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, persona
         prefix = f"{TRANSPARENT}{name}/"
         kept = {key.removeprefix(prefix): value for key, value in personal.items() if key.startswith(prefix)}
         if kept:
-            optimizer.state[parameter] = {k: v.clone() if k == "step" else v.to(parameter.device).clone() for k, v in kept.items()}
+            optimizer.state[parameter] = {
+                k: v.clone() if k == "step" else v.to(parameter.device).clone() for k, v in kept.items()
+            }

@@ -50,7 +50,9 @@ class Exchange:
     waits for that many, a real federation for `min_sites`.
     """
 
-    def __init__(self, grid: Grid, *, min_sites: int, plain_clients: bool, start_deadline_s: float, expected: int | None = None) -> None:
+    def __init__(
+        self, grid: Grid, *, min_sites: int, plain_clients: bool, start_deadline_s: float, expected: int | None = None
+    ) -> None:
         self.grid = grid
         self.roster: dict[str, Identity] = {}
         self.online: dict[str, int] = {}  # site name -> node id
@@ -124,7 +126,16 @@ class Exchange:
         if reply.message is not None and names.IDENTITY in reply.message.content.config_records:
             return Identity.from_config(dict(reply.message.content.config_records[names.IDENTITY]))
         if self._plain_clients:
-            return Identity(site=f"node-{node}", task="", classes=(), channels=(), image_size=(), label_kind="", num_train=0, plain=True)
+            return Identity(
+                site=f"node-{node}",
+                task="",
+                classes=(),
+                channels=(),
+                image_size=(),
+                label_kind="",
+                num_train=0,
+                plain=True,
+            )
         problem = f"node {node} did not identify itself: {reply.reason or 'its answer has no identity'}"
         if strict and self._expected is not None and reply.reason:  # a simulation: nobody will come and mend the node
             if reply.reason.startswith("UserError: "):
@@ -227,7 +238,9 @@ class Quorum:
 
     def __init__(self, phase: str, round_number: int, asked: int, share: float, resume_hint: Callable[[], str]) -> None:
         self._phase, self._round, self._asked = phase, round_number, asked
-        self.needed = max(1, -(-round(share * asked * 1e9) // 10**9))  # ceil, safe against 0.1 * 30 = 3.0000000000000004
+        self.needed = max(
+            1, -(-round(share * asked * 1e9) // 10**9)
+        )  # ceil, safe against 0.1 * 30 = 3.0000000000000004
         self.valid = 0
         self.failures: list[str] = []
         self._resume_hint = resume_hint
@@ -236,8 +249,14 @@ class Quorum:
         """Raise `QuorumLost` if too few answers were valid, `UserError` if all sites refuse for one and the same fault of the user's."""
         if self.valid < self.needed:
             reasons = {failure.partition(": ")[2] for failure in self.failures}
-            if len(reasons) == 1 and len(self.failures) == self._asked and (reason := reasons.pop()).startswith("UserError: "):
-                raise UserError(f"{reason.removeprefix('UserError: ')} (all {self._asked} sites answered this in round {self._round}, {self._phase})")
+            if (
+                len(reasons) == 1
+                and len(self.failures) == self._asked
+                and (reason := reasons.pop()).startswith("UserError: ")
+            ):
+                raise UserError(
+                    f"{reason.removeprefix('UserError: ')} (all {self._asked} sites answered this in round {self._round}, {self._phase})"
+                )
             failures = "; ".join(self.failures[:5]) or "no site was online"
             raise QuorumLost(
                 f"round {self._round}, {self._phase}: {self.valid} valid answers of {self._asked} asked, {self.needed} needed ({failures}). "

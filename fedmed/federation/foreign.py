@@ -52,7 +52,13 @@ def flower_strategy(config: Config) -> FlowerStrategy:
 
 
 def run_flower_strategy(
-    strategy: FlowerStrategy, grid: Grid, config: Config, initial: State, journal: Journal, exchange: Exchange, central: Scorer | None
+    strategy: FlowerStrategy,
+    grid: Grid,
+    config: Config,
+    initial: State,
+    journal: Journal,
+    exchange: Exchange,
+    central: Scorer | None,
 ) -> State:
     """Run all rounds of a Flower strategy over the grid and give the final state; history records go to `journal`."""
     rounds = config.federation.rounds
@@ -80,7 +86,9 @@ def run_flower_strategy(
     )
     _record(result, journal)
     if not len(result.arrays):
-        raise FedMedError("the Flower strategy gave no model back: every round failed. The log says why; a site that fails ends such a run")
+        raise FedMedError(
+            "the Flower strategy gave no model back: every round failed. The log says why; a site that fails ends such a run"
+        )
     # Flower's averages turn integer counters into float64.
     return {name: value.to(initial[name].dtype) for name, value in decode_state(result.arrays).items()}
 
@@ -107,11 +115,18 @@ def start_plain(
     state = decode_state(initial_arrays)
     config = Config(
         federation=FederationConfig(
-            rounds=num_rounds, plain_clients=True, train_deadline_s=timeout, query_deadline_s=timeout, evaluate_deadline_s=timeout, start_deadline_s=timeout
+            rounds=num_rounds,
+            plain_clients=True,
+            train_deadline_s=timeout,
+            query_deadline_s=timeout,
+            evaluate_deadline_s=timeout,
+            start_deadline_s=timeout,
         )
     )
     kinds = {n: "parameter" if v.is_floating_point() else "counter" for n, v in state.items()}
-    layout = Layout({n: Entry(kinds[n], kinds[n] == "parameter", False, tuple(v.shape), v.dtype) for n, v in state.items()}, {})
+    layout = Layout(
+        {n: Entry(kinds[n], kinds[n] == "parameter", False, tuple(v.shape), v.dtype) for n, v in state.items()}, {}
+    )
     exchange = Exchange(grid, min_sites=config.federation.min_sites, plain_clients=True, start_deadline_s=timeout)
     exchange.wait_for_sites()
     result = Result()
@@ -132,7 +147,9 @@ def start_plain(
     result.arrays = encode_state(loop.run())
     for phase, target in (("train", result.train_metrics_clientapp), ("evaluate", result.evaluate_metrics_clientapp)):
         for number in range(1, num_rounds + 1):
-            records = [r for r in loop.journal.records if r["phase"] == phase and r["round"] == number and r["status"] == "ok"]
+            records = [
+                r for r in loop.journal.records if r["phase"] == phase and r["round"] == number and r["status"] == "ok"
+            ]
             target[number] = encode_metrics(mean_metrics([(r["num_examples"], r["metrics"]) for r in records]))
     return result
 

@@ -94,7 +94,9 @@ class Journal:
             try:
                 getattr(callback, event)(*args)
             except Exception as error:
-                log.warning("%s stopped following the run: %s: %s", type(callback).__name__, type(error).__name__, error)
+                log.warning(
+                    "%s stopped following the run: %s: %s", type(callback).__name__, type(error).__name__, error
+                )
                 self._callbacks.remove(callback)
 
 

@@ -34,7 +34,9 @@ class Layout:
 
     def __init__(self, entries: dict[str, Entry], groups: dict[str, tuple[str, ...]]) -> None:
         self.entries = entries
-        self.exchanged = tuple(n for n, e in entries.items() if not e.personal and (e.trainable or e.kind != "parameter"))
+        self.exchanged = tuple(
+            n for n, e in entries.items() if not e.personal and (e.trainable or e.kind != "parameter")
+        )
         self.trainable = tuple(n for n, e in entries.items() if e.trainable and not e.personal)
         self.personal = tuple(n for n, e in entries.items() if e.personal)
         self._groups = groups
@@ -48,7 +50,9 @@ class Layout:
             for part in (module.named_parameters, module.named_buffers)
             for name, _ in part(recurse=False, remove_duplicate=False)
         }
-        parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied weight is a parameter under each of its names
+        parameters = dict(
+            model.named_parameters(remove_duplicate=False)
+        )  # a tied weight is a parameter under each of its names
         entries: dict[str, Entry] = {}
         for name, value in model.state_dict().items():
             parameter = parameters.get(name)
@@ -57,7 +61,9 @@ class Layout:
             else:
                 kind = "buffer" if value.is_floating_point() else "counter"
             trainable = parameter is not None and parameter.requires_grad
-            entries[name] = Entry(kind, trainable, bool(is_personal(name, owners[name])), tuple(value.shape), value.dtype)
+            entries[name] = Entry(
+                kind, trainable, bool(is_personal(name, owners[name])), tuple(value.shape), value.dtype
+            )
         return cls(entries, dict(getattr(model, "groups", {})))
 
     def num_groups(self, kind: str) -> int:
@@ -73,13 +79,17 @@ class Layout:
         for name in self.entries:
             index = next((i for i, p in by_length if name == p or name.startswith(p + ".")), None)
             if index is None:
-                raise UserError(f"model entry {name!r} belongs to none of the {kind} groups {', '.join(prefixes)}; the model must name them all")
+                raise UserError(
+                    f"model entry {name!r} belongs to none of the {kind} groups {', '.join(prefixes)}; the model must name them all"
+                )
             out[name] = index
         return out
 
     def _prefixes(self, kind: str) -> tuple[str, ...]:
         if not self._groups.get(kind):
-            raise UserError(f"the method needs a model with ordered {kind!r} groups; this model names {sorted(self._groups) or 'none'}")
+            raise UserError(
+                f"the method needs a model with ordered {kind!r} groups; this model names {sorted(self._groups) or 'none'}"
+            )
         return self._groups[kind]
 
     def misfit(self, arrays: dict[str, Tensor] | State, optional: tuple[str, ...] = ()) -> str | None:

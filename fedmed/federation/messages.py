@@ -36,7 +36,11 @@ class Leaf:
     def covers(self, name: str) -> bool:
         """True if `name` is this leaf."""
         head, star, tail = self.name.partition("*")
-        return name == self.name if not star else name.startswith(head) and name.endswith(tail) and len(name) > len(head) + len(tail)
+        return (
+            name == self.name
+            if not star
+            else name.startswith(head) and name.endswith(tail) and len(name) > len(head) + len(tail)
+        )
 
 
 BASE_LEAVES = (

@@ -75,7 +75,12 @@ def decode_state(record: ArrayRecord) -> State:
     arrays = dict(record.items())
     if all(isinstance(array, TensorArray) for array in arrays.values()):
         return {name: array.__dict__["tensor"] for name, array in arrays.items()}
-    return clone_state({n: a.__dict__["tensor"] if isinstance(a, TensorArray) else torch.from_numpy(a.numpy()) for n, a in arrays.items()})
+    return clone_state(
+        {
+            n: a.__dict__["tensor"] if isinstance(a, TensorArray) else torch.from_numpy(a.numpy())
+            for n, a in arrays.items()
+        }
+    )
 
 
 def encode_metrics(metrics: Mapping[str, Any]) -> MetricRecord:

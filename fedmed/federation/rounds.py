@@ -89,9 +89,15 @@ class RoundLoop:
                 "the checkpoint was made with another configuration (data, model, method or schedule); resume with the config.yaml of the run folder"
             )
         self.strategy.restore(checkpoint.strategy, checkpoint.notes)
-        self.state = {name: checkpoint.model[name] for name in self.layout.exchanged}  # files have an order of their own
+        self.state = {
+            name: checkpoint.model[name] for name in self.layout.exchanged
+        }  # files have an order of their own
         self.progress = Progress(
-            checkpoint.round, dict(checkpoint.accepted), dict(checkpoint.best), checkpoint.elapsed, checkpoint.history_bytes
+            checkpoint.round,
+            dict(checkpoint.accepted),
+            dict(checkpoint.best),
+            checkpoint.elapsed,
+            checkpoint.history_bytes,
         )
         self._durable = dict(checkpoint.accepted)
         self.journal.restore(checkpoint.history_bytes)
@@ -181,7 +187,9 @@ class RoundLoop:
                 return
             for query in pending:
                 self.strategy.on_query(number, query.name, self._ask(number, query))
-        raise FedMedError(f"{type(self.strategy).__name__} still had queries after asking {_MAX_QUERIES} times in round {number}")
+        raise FedMedError(
+            f"{type(self.strategy).__name__} still had queries after asking {_MAX_QUERIES} times in round {number}"
+        )
 
     def _ask(self, number: int, query: Query) -> list[Answer]:
         model = encode_state(self.state)
@@ -194,7 +202,11 @@ class RoundLoop:
         quorum = self._quorum(f"query {query.name}", number, len(sites))
         answers: list[Answer] = []
         for reply in self.exchange.replies(requests, self.config.federation.query_deadline_s):
-            result = reply.reason if reply.message is None else read_answer(reply.message.content, self.exchange.roster[reply.site])
+            result = (
+                reply.reason
+                if reply.message is None
+                else read_answer(reply.message.content, self.exchange.roster[reply.site])
+            )
             if isinstance(result, Answer):
                 quorum.valid += 1
                 answers.append(result)
@@ -248,16 +260,25 @@ class RoundLoop:
                 else:
                     extras[name] = wrap(tensor)
             evaluation = {} if self.config.evaluation.mode == "separate" else {"evaluate": self.config.evaluation.mode}
-            content = names.pack(arrays=record, config={**self._base_config(number, site), **evaluation, **self._extra["train"], **config})
+            content = names.pack(
+                arrays=record,
+                config={**self._base_config(number, site), **evaluation, **self._extra["train"], **config},
+            )
             if len(extras):
                 content[names.EXTRAS] = extras
             requests.append((site, self._message(content, site, "train", number)))
         return requests
 
-    def _updates(self, number: int, requests: list[tuple[str, Message]], quorum: Quorum, accepted: list[str]) -> Iterator[Update]:
+    def _updates(
+        self, number: int, requests: list[tuple[str, Message]], quorum: Quorum, accepted: list[str]
+    ) -> Iterator[Update]:
         """The valid updates in site order; broken ones are recorded and dropped, empty ones heard and not passed on."""
         for reply in self.exchange.replies(requests, self.config.federation.train_deadline_s):
-            result = reply.reason if reply.message is None else read_update(reply.message.content, self.exchange.roster[reply.site], self.layout)
+            result = (
+                reply.reason
+                if reply.message is None
+                else read_update(reply.message.content, self.exchange.roster[reply.site], self.layout)
+            )
             if not isinstance(result, Update):
                 self._failed(number, "train", reply, result, quorum)
                 continue
@@ -284,7 +305,14 @@ class RoundLoop:
         if self.central is not None:
             begun = time.monotonic()
             central = self.central(self.state, last)
-            self.journal.add(number, "central", None, num_examples=_scored(central), metrics=central, seconds=time.monotonic() - begun)
+            self.journal.add(
+                number,
+                "central",
+                None,
+                num_examples=_scored(central),
+                metrics=central,
+                seconds=time.monotonic() - begun,
+            )
         if evaluation.select:
             self._select(number, evaluation.select, scores, central)
 
@@ -308,11 +336,17 @@ class RoundLoop:
             self._record(number, "evaluate", reply, num_examples=count, metrics=metrics)
         return scores
 
-    def _select(self, number: int, metric: str, scores: Mapping[str, tuple[int, dict[str, Any]]], central: Mapping[str, float]) -> None:
+    def _select(
+        self, number: int, metric: str, scores: Mapping[str, tuple[int, dict[str, Any]]], central: Mapping[str, float]
+    ) -> None:
         """Keep the state of the best validation round: the coordinator's own validation items if it has any, else the sites' mean by number of items."""
         value = _first(central, f"val/global/{metric}")
         if value is None:
-            pairs = [(m["n/val"], _first(m, f"val/global/{metric}", f"val/personal/{metric}")) for _, m in scores.values() if m.get("n/val")]
+            pairs = [
+                (m["n/val"], _first(m, f"val/global/{metric}", f"val/personal/{metric}"))
+                for _, m in scores.values()
+                if m.get("n/val")
+            ]
             known = [(n, v) for n, v in pairs if v is not None]
             total = sum(n for n, _ in known)
             value = sum(n * v for n, v in known) / total if total else None

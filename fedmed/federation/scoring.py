@@ -47,7 +47,10 @@ def score(client: Client, split_name: str, view: str, *, hd95: bool = False) -> 
                 prob = client.predict(batch, view).float()
             records = evaluate_cases(task, prob, batch.targets, client.activation, len(classes), hd95=hd95)
             rows = batch.index.tolist()
-            cases += [{"site": client.site, "split": split_name, "view": view, "item": client.data.item_id[i], **r} for i, r in zip(rows, records, strict=True)]
+            cases += [
+                {"site": client.site, "split": split_name, "view": view, "item": client.data.item_id[i], **r}
+                for i, r in zip(rows, records, strict=True)
+            ]
             if task != "segmentation":
                 probs.append(prob.cpu())
                 targets.append(batch.targets.cpu())

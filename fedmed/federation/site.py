@@ -74,12 +74,16 @@ def make_addons(config: Config) -> dict[str, AddOn]:
     return addons
 
 
-def make_model(config: Config, task: str, num_classes: int, channels: int, image_size: tuple[int, ...]) -> tuple[nn.Module, str]:
+def make_model(
+    config: Config, task: str, num_classes: int, channels: int, image_size: tuple[int, ...]
+) -> tuple[nn.Module, str]:
     """The network of a run with its seed's initial weights, and its activation; the same at both ends."""
     activation = resolve_activation(task, num_classes, config.model.activation)
     outputs = num_outputs(task, num_classes, activation)
     seed = derive_seed(config.seed, 0, "", "model")
-    model = build_model(config.model.name, dict(config.model.args), channels, outputs, (image_size[0], image_size[-1]), task, seed=seed)
+    model = build_model(
+        config.model.name, dict(config.model.args), channels, outputs, (image_size[0], image_size[-1]), task, seed=seed
+    )
     return model, activation
 
 
@@ -101,7 +105,9 @@ class Workshop:
                 if name is None:
                     index = place.partition or 0
                     if index >= len(file.sites):
-                        raise UserError(f"{place.data} holds {len(file.sites)} sites, but the federation has a node number {index + 1}; start as many nodes as sites")
+                        raise UserError(
+                            f"{place.data} holds {len(file.sites)} sites, but the federation has a node number {index + 1}; start as many nodes as sites"
+                        )
                     name = file.sites[index].name
                 cfg = self.config.data
                 self._data[key] = file.site(name, cfg.annotation, cfg.mean, cfg.std, allow_empty_train=True)
@@ -110,7 +116,9 @@ class Workshop:
     def env(self, data: SiteData) -> Env:
         """The working place of a client on this data; builds the model when first asked for."""
         if self._built is None:
-            model, activation = make_model(self.config, data.task, len(data.classes), len(data.channels), data.image_size)
+            model, activation = make_model(
+                self.config, data.task, len(data.classes), len(data.channels), data.image_size
+            )
             layout = Layout.of(model, client_class(self.config).is_personal)
             model.to(self.device)
             full = model.state_dict()
@@ -189,7 +197,13 @@ class SiteSession:
         if self.message_config.get("evaluate") == "after":
             client.received = arrays or client.received
             scores = self._scores(client.views, final=False)
-        metrics = {names.NUM_EXAMPLES: count, **metrics, **more_metrics, **scores, "seconds": time.monotonic() - self.started}
+        metrics = {
+            names.NUM_EXAMPLES: count,
+            **metrics,
+            **more_metrics,
+            **scores,
+            "seconds": time.monotonic() - self.started,
+        }
         if self.fresh and client.personal:
             metrics["personal_fresh"] = 1
         client.check_leaves(more_arrays, metrics)
@@ -235,7 +249,9 @@ class SiteSession:
         name = str(self.message_config.get("query", ""))
         handler = getattr(self.client, f"query_{name}", None)
         if handler is None:
-            raise UserError(f"{type(self.client).__name__} has no answer to the query {name!r}; strategy and client do not belong together")
+            raise UserError(
+                f"{type(self.client).__name__} has no answer to the query {name!r}; strategy and client do not belong together"
+            )
         self.client.load_view("personal")
         arrays, metrics = handler(self.message_config, extras)
         metrics = {names.NUM_EXAMPLES: self.client.data.num_examples("train"), **metrics}

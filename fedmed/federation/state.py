@@ -151,7 +151,11 @@ def first_non_finite(state: Mapping[str, Tensor]) -> str | None:
     """
     with torch.no_grad():
         for name, value in state.items():
-            if value.is_floating_point() and not math.isfinite(float(value.sum())) and not bool(torch.isfinite(value).all()):
+            if (
+                value.is_floating_point()
+                and not math.isfinite(float(value.sum()))
+                and not bool(torch.isfinite(value).all())
+            ):
                 return name
     return None
 

@@ -57,7 +57,9 @@ class Strategy(FlowerStrategy):
     State: ClassVar[type] = NoState
     requires: ClassVar[tuple[str, ...]] = ()  # leaves (`Leaf.name`) the client must declare
     tasks: ClassVar[tuple[str, ...]] = ("classification", "multilabel", "segmentation")
-    depends_on_rounds: ClassVar[bool] = False  # a schedule that counts back from the last round: resume must keep `rounds`
+    depends_on_rounds: ClassVar[bool] = (
+        False  # a schedule that counts back from the last round: resume must keep `rounds`
+    )
 
     params: Any
     state: Any
@@ -125,7 +127,9 @@ class Strategy(FlowerStrategy):
         """Put back the state a checkpoint holds. Raises `UserError` if its fields are not this rule's."""
         names = {f.name for f in dataclasses.fields(self.State)}
         if set(values) != names:
-            raise UserError(f"the checkpoint holds the state of another rule: fields {sorted(values)}, this rule has {sorted(names)}")
+            raise UserError(
+                f"the checkpoint holds the state of another rule: fields {sorted(values)}, this rule has {sorted(names)}"
+            )
         self.state = self.State(**values)
         self.notes = dict(notes)
 
@@ -149,15 +153,21 @@ class Strategy(FlowerStrategy):
 
         return start_plain(self, grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
 
-    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
         """Not used: rounds are built site by site in `fedmed.federation.rounds`. Raises `FedMedError`."""
         raise FedMedError(_WRAPPED)
 
-    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Not used, as `configure_train`."""
         raise FedMedError(_WRAPPED)
 
-    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
         """Not used, as `configure_train`."""
         raise FedMedError(_WRAPPED)
 

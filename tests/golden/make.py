@@ -57,7 +57,9 @@ def measure(name: str, out: Path) -> dict[str, float]:
     summary = run(load_config(experiment, [*words, "seed=3", f"out={out}"]))
     records = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     last = [r["metrics"]["train_loss"] for r in records if r["phase"] == "train" and r["round"] == summary["rounds"]]
-    central = {k: v for k, v in summary["central"]["last"].items() if k.startswith("test/") and not k.endswith("both_empty")}
+    central = {
+        k: v for k, v in summary["central"]["last"].items() if k.startswith("test/") and not k.endswith("both_empty")
+    }
     scores = central or {f"mean/{summary['main_metric']}": summary["mean"]}
     return {"train_loss": sum(last) / len(last), **scores}
 
@@ -68,14 +70,23 @@ def versions() -> dict[str, str]:
     import sklearn
     import torch
 
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": numpy.__version__, "scikit-learn": sklearn.__version__}
+    return {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "scikit-learn": sklearn.__version__,
+    }
 
 
 def main(names: list[str]) -> None:
     """Measure and store."""
     for name in names or RUNS:
         with tempfile.TemporaryDirectory() as folder:
-            stored: dict[str, Any] = {"tolerance": TOLERANCE, "versions": versions(), "metrics": measure(name, Path(folder) / "run")}
+            stored: dict[str, Any] = {
+                "tolerance": TOLERANCE,
+                "versions": versions(),
+                "metrics": measure(name, Path(folder) / "run"),
+            }
         (FOLDER / f"{name}.json").write_text(json.dumps(stored, indent=1) + "\n")
         print(name, stored["metrics"])
 
