@@ -166,16 +166,16 @@ def config_fields(cls: type, where: str = "") -> Iterator[tuple[str, str, Any]]:
 
 
 def _config_rows() -> dict[str, tuple[str, ...]]:
-    from fedmed import config
+    from fedmed import schema
 
     rows = {}
-    for key, kind, default in config_fields(config.Config):
-        allowed = ", ".join(config._CHOICES.get(key, ()))
-        if key in config._BOUNDS:
-            bound, inclusive = config._BOUNDS[key]
+    for key, kind, default in config_fields(schema.Config):
+        allowed = ", ".join(schema.CHOICES.get(key, ()))
+        if key in schema.BOUNDS:
+            bound, inclusive = schema.BOUNDS[key]
             allowed = f"{'≥' if inclusive else '>'} {bound}"
-        if key in config._UPPER:
-            allowed += f", ≤ {config._UPPER[key]:g}"
+        if key in schema.UPPER:
+            allowed += f", ≤ {schema.UPPER[key]:g}"
         name = kind.replace(" | None", " or null").replace("dict[str, Any]", "mapping")
         rows[key] = (f"`{key}`", name, "" if kind == "node" else f"`{show(default)}`", allowed, MEANING.get(key, ""))
     unexplained, left_over = [k for k in rows if k not in MEANING], [k for k in MEANING if k not in rows]

@@ -50,6 +50,13 @@ class Plan:
         self._names, self._dtypes, self._shapes = list(state), list(self.dtypes.values()), list(self.shapes.values())
         self._starts = [self.starts[name] for name in state]
 
+    def fits(self, state: Mapping[str, Tensor]) -> bool:
+        """True if `state` has these names in this order, these types and shapes."""
+        if list(state) != self._names:
+            return False
+        values = list(state.values())
+        return [v.dtype for v in values] == self._dtypes and [v.shape for v in values] == self._shapes
+
     def blank(self) -> dict[str, Tensor]:
         """Uninitialised contiguous CPU tensors; those of a state of a megabyte or more in one block, which lives as long as one of them."""
         if self.num_bytes < _SMALLEST:
@@ -64,11 +71,9 @@ class Plan:
 
     def flats(self, state: Mapping[str, Tensor]) -> list[Tensor] | None:
         """A state as one flat view a type, with the gaps between entries; None unless it lies in one block exactly by this plan."""
-        if not state or list(state) != self._names:
+        if not state or not self.fits(state):
             return None
         values = list(state.values())
-        if [v.dtype for v in values] != self._dtypes or [v.shape for v in values] != self._shapes:
-            return None
         bases = {v.data_ptr() - start for v, start in zip(values, self._starts, strict=True)}
         memory = values[0].untyped_storage()
         offset = bases.pop() - memory.data_ptr()
@@ -88,6 +93,16 @@ class Plan:
         return out
 
 
+_last: list[Plan] = []  # the plan asked for last; a run has one for all its states
+
+
+def plan_of(state: Mapping[str, Tensor]) -> Plan:
+    """The plan of a state, in its own types."""
+    if not _last or not _last[0].fits(state):
+        _last[:] = [Plan(state)]
+    return _last[0]
+
+
 def _strides(shape: torch.Size) -> list[int]:
     """Strides of a contiguous tensor, in elements."""
     strides = [1] * len(shape)
@@ -105,6 +120,7 @@ def _lease(size: int) -> Bytes:
         block = _free[size].pop()
     except (KeyError, IndexError):
         block = np.empty(size + _ALIGNMENT, np.uint8)
+        block.fill(0)  # gaps between entries stay 0, so that a flat sum over a finite state is finite
     offset = -block.ctypes.data % _ALIGNMENT
     lease = block[offset : offset + size]
     weakref.finalize(lease, _give_back, size, block).atexit = False

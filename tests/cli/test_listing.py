@@ -62,8 +62,8 @@ def test_experiments_with_descriptions(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "data" / "noise.yaml").write_text("description: A protocol.\n")
     monkeypatch.setattr(config_module, "experiment_dirs", lambda: [tmp_path])
     found = listing.experiments()
-    assert list(found) == ["a", "b", "broken", "compare/noise"]
-    assert found["a"] == "" and found["b"] == "Folded over lines" and found["compare/noise"] == "A table"
+    assert list(found) == ["a", "b", "broken"]
+    assert found["a"] == "" and found["b"] == "Folded over lines"
     assert found["broken"].startswith("(cannot be read")
 
 
