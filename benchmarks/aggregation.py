@@ -6,23 +6,25 @@
 Limit: the time of the memory traffic that any streaming sum has, whatever its arithmetic: the first state is read and written once
 (`copy_`), for every other one the sum and the state are read and the sum is written (`add_`). It is measured on flat float32 tensors of
 the same volume. Memory is measured in a fresh process as the growth of the peak resident size over one aggregation whose replies are made
-one by one.
+one by one, the global model counted in.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import common
 import torch
 from torch import Tensor
 
-from fedmed.federation.state import RunningMean, State, clone_state, num_bytes
+from fedmed.federation import buffers
+from fedmed.federation.state import State, clone_state, num_bytes, weighted_mean
 from fedmed.models.unet import UNet
 
 K = 10
@@ -36,22 +38,24 @@ def make_state(base_width: int) -> State:
 
 
 def replies(base: State, count: int) -> Iterator[tuple[int, State]]:
-    """`count` pairs (number of examples, state), each made when asked for."""
-    rng = torch.Generator().manual_seed(1)
+    """`count` pairs (number of examples, state), each made when asked for, as a site packs its reply, and not held afterwards."""
     for k in range(count):
-        state = {
-            name: value + 0.01 * torch.randn(value.shape, generator=rng) if value.is_floating_point() else value + k
-            for name, value in base.items()
-        }
-        yield 100 + 37 * k, clone_state(state)  # as a site packs its reply
+        yield 100 + 37 * k, _reply(base, k)
 
 
-def streaming(weighted: list[tuple[int, State]]) -> State:
+def _reply(base: State, k: int) -> State:
+    state = clone_state(base)
+    for value in state.values():
+        if value.is_floating_point():
+            value.mul_(1.0 + 0.03 * k).add_(0.001 * k)  # in place: no memory beside the reply's own
+        else:
+            value.add_(k)
+    return state
+
+
+def streaming(weighted: Iterable[tuple[int, State]]) -> State:
     """FedMed: one running sum."""
-    mean = RunningMean()
-    for weight, state in weighted:
-        mean.add(state, weight)
-    result = mean.result()
+    result = weighted_mean(weighted)
     assert result is not None
     return result
 
@@ -123,28 +127,32 @@ def require_close(a: State, b: State, names: object, what: str) -> None:
     common.require(all(torch.allclose(a[n].double(), b[n].double(), rtol=1e-6, atol=1e-6) for n in names), what)
 
 
-def _peak_bytes() -> int:
-    """Peak resident size of this process so far, bytes (Linux; elsewhere the unit of ru_maxrss differs)."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def measure_memory(base_width: int, count: int) -> None:
-    """Run in a fresh process: aggregate once with replies made one by one; print bytes of a state and growth of the peak."""
+    """Run in a fresh process: aggregate twice with replies made one by one; print bytes of a state, growth of the peak, what was held before.
+
+    Linux: the peak resident size is reset before. Elsewhere `growth` is null.
+    """
     base = make_state(base_width)
-    one = num_bytes(base)
-    list(
-        replies({name: value[:1] if value.ndim else value for name, value in base.items()}, 2)
-    )  # load what the generator needs
-    before = _peak_bytes()
-    mean = RunningMean()
-    for weight, state in replies(base, count):
-        mean.add(state, weight)
-        del state
-    assert mean.result() is not None
-    print(json.dumps({"state": one, "growth": _peak_bytes() - before, "held": one}))
+    streaming(replies(base, 2))  # imports and whatever is kept for the next time; the measurement counts it, see below
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    growth = None
+    if reset.exists():
+        before = _status_bytes(status, "VmRSS") - _kept_bytes()
+        reset.write_text("5")
+        mean = streaming(replies(base, count))
+        growth = _status_bytes(status, "VmHWM") - before
+        assert mean
+    print(json.dumps({"state": num_bytes(base), "growth": growth}))
+
+
+def _kept_bytes() -> int:
+    """Memory that FedMed keeps from earlier states and gives out again: resident already, so the growth would not show it."""
+    return sum(block.nbytes for blocks in buffers._free.values() for block in blocks)
+
+
+def _status_bytes(status: Path, key: str) -> int:
+    line = next(line for line in status.read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
 
 
 def show_memory(base_width: int, count: int) -> None:
@@ -158,17 +166,23 @@ def show_memory(base_width: int, count: int) -> None:
         "--count",
         str(count),
     ]
-    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-    one, total = found["state"], found["growth"] + found["held"]
+    # glibc would otherwise keep freed memory, and what is kept already would hide what is taken.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    found = json.loads(output.splitlines()[-1])
+    if found["growth"] is None:
+        print("memory: measured on Linux only")
+        return
+    one, total = found["state"], found["state"] + found["growth"]
     print(
-        f"memory: state {one / 1e6:.1f} MB; peak with global model, running sum and the reply in hand {total / 1e6:.1f} MB "
-        f"= {total / one:.2f} states (all {count} replies: {count + 1:.0f}); target <= 3 states (2 + one reply)"
+        f"memory: {total / one:.2f} states of {one / 1e6:.1f} MB at the peak (global model, running sum, the reply in hand), {count} replies; "
+        f"target <= 3 (2 and one reply); holding all replies takes {count + 2}"
     )
 
 
 def main() -> None:
     """Check, then time."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="small states, equality check only")
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--base-width", type=int, default=43, help="of the U-Net; 43 gives 7.8 million parameters")

@@ -274,6 +274,7 @@ def main() -> None:
     turns = empty_rounds(options.clients, base_width=43, rounds=options.rounds + 2)
     print(f"empty round, {options.clients} clients, 7.8 million parameters; target <= 80 ms")
     common.show_times({"empty round": turns.engine, "load and sum": turns.other})
+    common.show_ratio("empty round / load and sum", turns.engine, turns.other, "none")
 
 
 if __name__ == "__main__":

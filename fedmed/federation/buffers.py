@@ -98,9 +98,12 @@ _last: list[Plan] = []  # the plan asked for last; a run has one for all its sta
 
 def plan_of(state: Mapping[str, Tensor]) -> Plan:
     """The plan of a state, in its own types."""
-    if not _last or not _last[0].fits(state):
-        _last[:] = [Plan(state)]
-    return _last[0]
+    for last in _last:
+        if last.fits(state):
+            return last
+    plan = Plan(state)
+    _last[:] = [plan]
+    return plan
 
 
 def _strides(shape: torch.Size) -> list[int]:

@@ -23,7 +23,7 @@ from fedmed.errors import FedMedError
 from fedmed.federation.layout import Layout
 from fedmed.federation.messages import BASE_LEAVES, Leaf
 from fedmed.federation.seeding import torch_rng
-from fedmed.federation.state import State
+from fedmed.federation.state import State, copy_state
 from fedmed.models.heads import probabilities
 from fedmed.models.output import Output
 
@@ -215,9 +215,8 @@ class Client:
                 f"the received model has no entry {missing[0]!r} ({len(missing)} of {len(self.layout.exchanged)} are missing)"
             )
         target = self.model.state_dict()
-        source = {**self.received, **own}
-        with torch.no_grad():
-            torch._foreach_copy_([target[name] for name in source], list(source.values()))
+        copy_state(self.received, target)
+        copy_state(own, target)
 
     def fit(self) -> dict[str, float]:
         """Train for `training.epochs` (or `max_steps`) and give `train_loss` and one mean per named term. No host synchronisation inside."""

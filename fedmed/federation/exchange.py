@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedmed.errors import FedMedError, QuorumLost, UserError
 from fedmed.federation import messages as names
 from fedmed.federation.layout import Layout
 from fedmed.federation.messages import Answer, Identity, Update, code_hash
-from fedmed.federation.records import decode_metrics, decode_state
+from fedmed.federation.records import decode_metrics
 from fedmed.federation.state import first_non_finite
 
 log = logging.getLogger("fedmed.server")
@@ -123,8 +123,9 @@ class Exchange:
             self._names[identity.node_id] = identity.site
 
     def _read_identity(self, node: int, reply: Reply, strict: bool) -> Identity | None:
-        if reply.message is not None and names.IDENTITY in reply.message.content.config_records:
-            return Identity.from_config(dict(reply.message.content.config_records[names.IDENTITY]))
+        found = names.part(reply.message.content, names.IDENTITY, ConfigRecord) if reply.message is not None else None
+        if found is not None:
+            return Identity.from_config(dict(found))
         if self._plain_clients:
             return Identity(
                 site=f"node-{node}",
@@ -200,8 +201,7 @@ def read_update(content: RecordDict, identity: Identity, layout: Layout) -> Upda
     if not isinstance(count, (int, float)) or not math.isfinite(count) or count < 0 or count != int(count):
         return f"{names.NUM_EXAMPLES}: expected a whole number >= 0, got {count!r}"
     try:
-        extras = decode_state(content.array_records[names.EXTRAS]) if names.EXTRAS in content.array_records else {}
-        arrays = decode_state(content.array_records[names.ARRAYS]) if names.ARRAYS in content.array_records else {}
+        extras, arrays = names.arrays_of(content, names.EXTRAS), names.arrays_of(content, names.ARRAYS)
     except (TypeError, ValueError, NotImplementedError) as error:  # bytes that are no array, or a type torch lacks
         return f"the arrays cannot be read: {type(error).__name__}: {error}"
     if count == 0:
@@ -223,14 +223,15 @@ def read_answer(content: RecordDict, identity: Identity) -> Answer | str:
     if problem:
         return problem
     count = metrics.pop(names.NUM_EXAMPLES, 0)
-    extras = decode_state(content.array_records[names.EXTRAS]) if names.EXTRAS in content.array_records else {}
+    extras = names.arrays_of(content, names.EXTRAS)
     return Answer(identity.site, identity.index, int(count) if isinstance(count, (int, float)) else 0, extras, metrics)
 
 
 def _read_metrics(content: RecordDict) -> tuple[names.Metrics, str | None]:
-    if names.METRICS not in content.metric_records:
+    record = names.part(content, names.METRICS, MetricRecord)
+    if record is None:
         return {}, f"the reply has no {names.METRICS!r} record"
-    return decode_metrics(content.metric_records[names.METRICS]), None
+    return decode_metrics(record), None
 
 
 class Quorum:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fedmed.errors import UserError
-from fedmed.federation.state import State
+from fedmed.federation.buffers import plan_of
+from fedmed.federation.state import State, clone_state, copy_state
 
 IsPersonal = Callable[[str, nn.Module], bool]
 
@@ -113,3 +114,22 @@ class Layout:
         """The exchanged entries of a model, by reference."""
         full = model.state_dict()
         return {name: full[name] for name in self.exchanged}
+
+
+def hand_over(model: nn.Module, layout: Layout, *, keep: bool = False) -> State:
+    """Give the exchanged entries of a model away as a state on the CPU that nothing else refers to.
+
+    On the CPU nothing is copied: the model's own tensors leave, and the model goes on in other memory, whose content is undefined until a state
+    is loaded into it (with `keep`: the same values). On another device the values are copied and the model keeps its own.
+    """
+    full = model.state_dict(keep_vars=True)
+    entries = {name: full[name] for name in layout.exchanged}
+    if any(value.device.type != "cpu" for value in entries.values()):
+        return clone_state(entries)
+    blank = plan_of(entries).blank()
+    if keep:
+        copy_state(entries, blank)
+    given = {name: value.detach() for name, value in entries.items()}
+    for name, value in entries.items():
+        value.data = blank[name]
+    return given

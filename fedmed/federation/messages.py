@@ -7,17 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedmed.federation.records import Metrics, encode_config, encode_metrics, encode_state
+from fedmed.federation.records import Metrics, decode_state, encode_config, encode_metrics, encode_state
 from fedmed.federation.state import State
 
 ARRAYS, CONFIG, METRICS, EXTRAS, IDENTITY = "arrays", "config", "metrics", "extras", "identity"
 NUM_EXAMPLES = "num-examples"
 SCHEMA_VERSION = "fedmed-data-1"
+R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,22 @@ class Query:
     name: str
     config: dict[str, Any] = field(default_factory=dict)
     arrays: dict[str, Tensor] = field(default_factory=dict)
+
+
+def part(content: RecordDict, name: str, kind: type[R]) -> R | None:
+    """The record of that name if it is of that kind, else None.
+
+    Flower's `array_records` and its sisters give objects that refer to themselves and to the whole message: the arrays of a reply would stay in
+    memory until the garbage collector comes by.
+    """
+    found = content.get(name)
+    return found if isinstance(found, kind) else None
+
+
+def arrays_of(content: RecordDict, name: str) -> State:
+    """The arrays of the record of that name, by reference where they are of this process; {} if there is no such record."""
+    record = part(content, name, ArrayRecord)
+    return {} if record is None else decode_state(record)
 
 
 def pack(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, Message, MetricRecord
 from torch import Tensor
 
 from fedmed.config import Config
@@ -326,11 +326,12 @@ class RoundLoop:
         quorum = self._quorum("evaluation", number, len(sites))
         scores: dict[str, tuple[int, dict[str, Any]]] = {}
         for reply in self.exchange.replies(requests, self.config.federation.evaluate_deadline_s):
-            if reply.message is None or names.METRICS not in reply.message.content.metric_records:
+            record = None if reply.message is None else names.part(reply.message.content, names.METRICS, MetricRecord)
+            if record is None:
                 self._failed(number, "evaluate", reply, reply.reason or "the reply has no metrics", quorum)
                 continue
             quorum.valid += 1
-            metrics = decode_metrics(reply.message.content.metric_records[names.METRICS])
+            metrics = decode_metrics(record)
             count = int(metrics.pop(names.NUM_EXAMPLES, 0))  # type: ignore[arg-type]
             scores[reply.site] = count, metrics
             self._record(number, "evaluate", reply, num_examples=count, metrics=metrics)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import RecordDict
+from flwr.app import ConfigRecord, RecordDict
 from torch import Tensor, nn
 
 from fedmed.config import Config, params_from
@@ -22,10 +22,9 @@ from fedmed.data.site_file import SiteData, SiteFile
 from fedmed.errors import UserError
 from fedmed.federation import messages as names
 from fedmed.federation.client import AddOn, Client, Env, Moment
-from fedmed.federation.layout import Layout
+from fedmed.federation.layout import Layout, hand_over
 from fedmed.federation.messages import Identity, code_hash
 from fedmed.federation.personal import PersonalStore
-from fedmed.federation.records import decode_state
 from fedmed.federation.scoring import Scored, score, write_case_files
 from fedmed.federation.seeding import derive_seed
 from fedmed.federation.state import State, clone_state
@@ -121,6 +120,7 @@ class Workshop:
             )
             layout = Layout.of(model, client_class(self.config).is_personal)
             model.to(self.device)
+            hand_over(model, layout, keep=True)
             full = model.state_dict()
             initial = clone_state({name: full[name] for name in layout.personal})
             self._built = model, activation, layout, initial
@@ -192,8 +192,8 @@ class SiteSession:
         metrics: dict[str, Any] = dict(client.fit()) if len(client.train_set) else {}
         more_arrays, more_metrics = client.end_round()
         count = len(client.train_set)
-        arrays = clone_state(client.layout.exchanged_state(client.model)) if count else None
         self._keep_personal()
+        arrays = hand_over(client.model, client.layout) if count else None
         if self.message_config.get("evaluate") == "after":
             client.received = arrays or client.received
             scores = self._scores(client.views, final=False)
@@ -263,9 +263,8 @@ def answer(kind: str, workshop: Workshop, place: Place, content: RecordDict) -> 
     """Answer one message of kind identify, train, evaluate or query. Raises whatever goes wrong; the app turns it into an error reply."""
     if kind == "identify":
         return identify(workshop.config, workshop.data(place))
-    config = dict(content.config_records.get(names.CONFIG, {}))
-    arrays = decode_state(content.array_records[names.ARRAYS])
-    extras = decode_state(content.array_records[names.EXTRAS]) if names.EXTRAS in content.array_records else {}
+    config = dict(names.part(content, names.CONFIG, ConfigRecord) or {})
+    arrays, extras = names.arrays_of(content, names.ARRAYS), names.arrays_of(content, names.EXTRAS)
     session = SiteSession(workshop, place, config, arrays)
     if kind == "train":
         return session.train(extras)

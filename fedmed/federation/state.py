@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from fedmed.federation.buffers import Plan
+from fedmed.federation.buffers import Plan, plan_of
 
 State = dict[str, Tensor]
 Weight = float | Mapping[str, float]
@@ -52,7 +52,8 @@ class RunningMean:
         """Add with one weight: in one operation a type if the state lies in memory as the sums do (replies do), else entry by entry."""
         if not self._sums:
             self._dtypes = {name: value.dtype for name, value in state.items()}
-            self._plan = Plan(state, {name: _sum_dtype(kind) for name, kind in self._dtypes.items()})
+            wanted = {name: _sum_dtype(kind) for name, kind in self._dtypes.items()}
+            self._plan = plan_of(state) if wanted == self._dtypes else Plan(state, wanted)
             self._sums = self._plan.blank()
             self._flats = self._plan.flats(self._sums)
         flats = self._plan.flats(state) if self._plan is not None and self._flats is not None else None
@@ -149,7 +150,12 @@ def first_non_finite(state: Mapping[str, Tensor]) -> str | None:
 
     One read per entry: the sum is finite unless the entry is not (or overflows, and then the exact test decides).
     """
+    flats = plan_of(state).flats(state)
     with torch.no_grad():
+        if flats is not None and all(
+            not flat.is_floating_point() or math.isfinite(float(flat.sum())) for flat in flats
+        ):
+            return None
         for name, value in state.items():
             if (
                 value.is_floating_point()
@@ -171,11 +177,25 @@ def squared_distance(first: Mapping[str, Tensor], second: Mapping[str, Tensor], 
 
 def clone_state(state: Mapping[str, Tensor]) -> State:
     """A copy on the CPU that owns its tensors."""
-    copy = Plan(state).blank()
-    with torch.no_grad():
-        if copy:
-            torch._foreach_copy_(list(copy.values()), list(state.values()))
+    copy = plan_of(state).blank()
+    copy_state(state, copy)
     return copy
+
+
+def copy_state(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    """Write every entry of `source` into the entry of `target` of that name, across types and devices where they differ."""
+    if not source:
+        return
+    target = {name: target[name] for name in source}
+    plan = plan_of(source)
+    origins = plan.flats(source)
+    places = plan.flats(target) if origins is not None else None
+    with torch.no_grad():
+        if origins is not None and places is not None:
+            for place, origin in zip(places, origins, strict=True):
+                place.copy_(origin)
+        else:
+            torch._foreach_copy_(list(target.values()), list(source.values()))
 
 
 def num_bytes(state: Mapping[str, Tensor]) -> int:
