@@ -17,4 +17,6 @@ class TrueRoles(FedNoRo):
         """Replace the roles by the true ones."""
         super().on_query(round, name, answers)
         truth = read_truth(site_file(self.config))
-        self.state = replace(self.state, roles={s: "noisy" if truth[s]["is_noisy"] else "clean" for s in self.state.roles})
+        self.state = replace(
+            self.state, roles={s: "noisy" if truth[s]["is_noisy"] else "clean" for s in self.state.roles}
+        )

@@ -18,22 +18,22 @@ from fedmed.config import Config, config_hash, from_run_config, nearest, params_
 from fedmed.data.augment import Augment
 from fedmed.data.site_file import SiteFile, read_truth
 from fedmed.errors import UserError
-from fedmed.federation.checkpoint import Checkpoint, CheckpointStore, write_json, write_safetensors
+from fedmed.federation.checkpoint import Checkpoint, CheckpointStore, write_safetensors
 from fedmed.federation.client import Client, Env, Moment, declared_leaves
 from fedmed.federation.exchange import Exchange
 from fedmed.federation.foreign import flower_strategy, run_flower_strategy
 from fedmed.federation.history import Callback, Journal
 from fedmed.federation.layout import Layout
 from fedmed.federation.messages import Identity
-from fedmed.federation.records import json_safe
 from fedmed.federation.rounds import RoundLoop, Scorer
 from fedmed.federation.scoring import score
 from fedmed.federation.site import choose_device, client_class, make_addons, make_model
 from fedmed.federation.state import State
 from fedmed.federation.strategy import Strategy
+from fedmed.files import json_ready, write_json, write_text
 from fedmed.metrics import main_metric
 from fedmed.registry import resolve
-from fedmed.report.run_folder import RunFolder, write_text
+from fedmed.report.run_folder import RunFolder
 from fedmed.report.summary import build_summary
 
 log = logging.getLogger("fedmed.server")
@@ -154,7 +154,7 @@ def run_server(
         summary["notes"]["personal_entries"] = (
             f"{len(layout.personal)} entries stay at the sites; model.safetensors holds the run seed's values for them"
         )
-    write_json(folder.summary, json_safe(summary))
+    write_json(folder.summary, summary)
     journal.tell("on_end", summary)
     return summary
 
@@ -181,7 +181,7 @@ def _sites(grid: Grid, config: Config, data_path: Path | None, checkpoint: Check
 def _add_selected(summary: dict[str, Any], best: dict[str, Any], journal: Journal) -> None:
     """Say which round was chosen, and what its model scored centrally: the round of model-selected.safetensors."""
     scored = [r["metrics"] for r in journal.records if r["phase"] == "central" and r["round"] == best["round"]]
-    summary["selected"] = json_safe(best)
+    summary["selected"] = json_ready(best)
     summary["central"]["selected"] = {"round": best["round"], **scored[-1]} if scored else {}
 
 

@@ -73,7 +73,8 @@ def _run_arms(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run the arms one after the other, each in its own folder; give summaries and histories."""
     from fedmed.cli.execute import run_config
-    from fedmed.report.run_folder import RunFolder, read_history
+    from fedmed.files import read_history
+    from fedmed.report.run_folder import RunFolder
     from fedmed.report.write import write_report
 
     summaries: dict[str, Any] = {}
@@ -102,8 +103,9 @@ def run_demo(
     `say` takes the result (stdout), `note` remarks (stderr). Raises `UserError`.
     """
     from fedmed.cli.execute import resolve_config
+    from fedmed.files import write_json, write_text
     from fedmed.report import figures, tables
-    from fedmed.report.run_folder import default_out, prepare, write_json, write_text
+    from fedmed.report.run_folder import default_out, prepare
 
     names = list(dict.fromkeys(arms or ARMS))
     configs = {Path(name).stem: resolve_config(name, overrides) for name in names}

@@ -50,7 +50,8 @@ def run_config(
 
     Raises `UserError` for a folder that may not be used, `Interrupted` on Ctrl-C with the command that goes on.
     """
-    from fedmed.report.run_folder import prepare, write_text
+    from fedmed.files import write_text
+    from fedmed.report.run_folder import prepare
     from fedmed.tracking import build_callbacks
 
     folder = prepare(out, resume)

@@ -14,7 +14,8 @@ from typing import Any
 
 from fedmed.config import Config, to_yaml
 from fedmed.federation.history import Callback, Journal, Record
-from fedmed.report.run_folder import RunFolder, read_json
+from fedmed.files import read_json
+from fedmed.report.run_folder import RunFolder
 
 _LOOK_S = 0.3
 _WARNED = re.compile(r"^(?P<level>WARNING|ERROR) (?P<logger>fedmed[\w.]*): (?P<text>.+)$")  # as `server_app` writes it

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedmed.errors import UserError
 from fedmed.federation.state import State
+from fedmed.files import write_text
 
 _KEEP = 2  # the newest, and the one before it in case the newest proves unreadable
 
@@ -53,15 +54,6 @@ def read_safetensors(path: Path) -> State:
         return dict(load_file(path))
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    _sync(temporary)
-    temporary.replace(path)
 
 
 def _sync(path: Path) -> None:
@@ -135,7 +127,9 @@ class CheckpointStore:
             for f in dataclasses.fields(checkpoint)
             if f.name not in ("model", "strategy")
         }
-        write_json(temporary / "meta.json", {**values, "strategy": tree})
+        write_text(
+            temporary / "meta.json", json.dumps({**values, "strategy": tree}, indent=1) + "\n"
+        )  # NaN keeps its value
         shutil.rmtree(final, ignore_errors=True)
         temporary.replace(final)
         for old in self.rounds()[:-_KEEP]:

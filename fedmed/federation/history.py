@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedmed.federation.records import json_safe
+from fedmed.files import json_ready, read_history
 
 log = logging.getLogger("fedmed.server")
 Record = dict[str, Any]
@@ -47,7 +47,7 @@ class Journal:
         with self.path.open("r+b") as file:
             kept = file.read(num_bytes)
             file.truncate(kept.rfind(b"\n") + 1)  # whole lines only, should the file be shorter than it was
-        self.records = list(read_history(self.path))
+        self.records = read_history(self.path)
 
     @property
     def num_bytes(self) -> int:
@@ -67,7 +67,7 @@ class Journal:
         seconds: float = 0.0,
     ) -> None:
         """Add one record; it is on disk when `flush` returns."""
-        record: Record = json_safe(
+        record: Record = json_ready(
             {
                 "round": round_number, "phase": phase, "site": site, "status": status, "reason": reason,
                 "num_examples": num_examples, "metrics": metrics or {}, "seconds": round(seconds, 4),
@@ -98,13 +98,3 @@ class Journal:
                     "%s stopped following the run: %s: %s", type(callback).__name__, type(error).__name__, error
                 )
                 self._callbacks.remove(callback)
-
-
-def read_history(path: Path) -> Iterator[Record]:
-    """Read the records of a `history.jsonl`; a torn last line (a killed process) is left out."""
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                return

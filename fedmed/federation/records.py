@@ -6,7 +6,6 @@ asks for the bytes (another process, or a Flower strategy). Whoever receives suc
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from io import BytesIO
 from typing import Any
@@ -111,16 +110,3 @@ def decode_metrics(record: MetricRecord) -> Metrics:
 def encode_config(values: Mapping[str, Any]) -> ConfigRecord:
     """Turn a plain dict of scalars, strings and flat lists into a record."""
     return ConfigRecord({k: list(v) if isinstance(v, tuple) else v for k, v in values.items()})
-
-
-def json_safe(value: Any) -> Any:
-    """Numbers, strings, lists and dicts with NaN and ±inf as None, ready for strict JSON."""
-    if isinstance(value, (Tensor, np.ndarray, np.generic)):
-        value = value.tolist()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(k): json_safe(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [json_safe(v) for v in value]
-    return value

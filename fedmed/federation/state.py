@@ -166,15 +166,6 @@ def first_non_finite(state: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def squared_distance(first: Mapping[str, Tensor], second: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
-    """Σ over entries of ‖a − b‖², a scalar tensor (float32, or float64 for float64 entries) with gradient to both; 0.0 for no entries."""
-    total: Tensor | None = None
-    for name in names:
-        term = (first[name] - second[name]).pow(2).sum()
-        total = term if total is None else total + term
-    return torch.zeros(()) if total is None else total
-
-
 def clone_state(state: Mapping[str, Tensor]) -> State:
     """A copy on the CPU that owns its tensors."""
     copy = plan_of(state).blank()

@@ -24,9 +24,9 @@ from fedmed.errors import FedMedError, UserError
 from fedmed.federation.history import Journal
 from fedmed.federation.layout import Layout
 from fedmed.federation.messages import Answer, Identity, Query, Update
-from fedmed.federation.records import json_safe
 from fedmed.federation.state import State as ModelState
 from fedmed.federation.state import weighted_mean
+from fedmed.files import json_ready
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Strategy(FlowerStrategy):
 
     def note(self, key: str, value: Any) -> None:
         """Put a finding into the history of this round and into the run's summary (the last value of a key stands)."""
-        self.notes = {**self.notes, key: json_safe(value)}
+        self.notes = {**self.notes, key: json_ready(value)}
         if self._journal is not None:
             self._journal.add(self._round, "server", None, metrics={key: value})
 

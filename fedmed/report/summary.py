@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedmed.report.run_folder import read_history
+from fedmed.files import read_history
 
 Record = Mapping[str, Any]
 

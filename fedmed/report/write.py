@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from fedmed.errors import UserError
+from fedmed.files import Record, read_history, read_json, write_json, write_text
 from fedmed.report import figures, tables
-from fedmed.report.run_folder import Record, RunFolder, collect_cases, read_history, read_json, write_json, write_text
+from fedmed.report.run_folder import RunFolder, collect_cases
 
 
 def read_overlay(path: Path) -> dict[str, Any]:

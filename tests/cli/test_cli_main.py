@@ -29,7 +29,7 @@ def experiment(tmp_path: Path) -> Path:
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch, made_up) -> Any:
     """Stands for `fedmed.engines`: writes a made-up run and notes what it was asked; `error` makes it fail."""
-    from fedmed.report.run_folder import write_json
+    from fedmed.files import write_json
     from fedmed.report.summary import build_summary
 
     fake: Any = ModuleType("fedmed.engines")

@@ -14,7 +14,7 @@ from flwr.app import Message, RecordDict
 from fedmed.config import Config, from_tree
 from fedmed.engines import run
 from fedmed.federation.checkpoint import read_safetensors
-from fedmed.federation.history import read_history
+from fedmed.files import read_history
 
 TINY: dict[str, Any] = {
     "data.path": "phantom:classification",

@@ -11,14 +11,12 @@ import pytest
 import torch
 
 from fedmed.errors import UserError
-from fedmed.federation import checkpoint as module
 from fedmed.federation.checkpoint import (
     Checkpoint,
     CheckpointStore,
     flatten,
     read_safetensors,
     unflatten,
-    write_json,
     write_safetensors,
 )
 from fedmed.federation.state import State
@@ -151,13 +149,3 @@ def test_damage_is_a_user_error_that_says_what_to_do(tmp_path: Path, name: str, 
     path.unlink() if damage == "gone" else path.write_bytes(content[: len(content) // 2] if damage == "cut" else b"{}")
     with pytest.raises(UserError, match="remove this folder to go on from the one before"):
         store.read()
-
-
-def test_json_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_json(tmp_path / "a.json", {"x": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "a.json", {"x": object()})
-    monkeypatch.setattr(module, "_sync", lambda path: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        write_json(tmp_path / "a.json", {"x": 2})
-    assert (tmp_path / "a.json").read_text() == '{\n "x": 1\n}\n'

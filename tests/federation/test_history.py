@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from fedmed.federation.history import Journal, Record, read_history
+from fedmed.federation.history import Journal, Record
+from fedmed.files import read_history
 
 
 class Listener:

@@ -17,7 +17,6 @@ from fedmed.federation.records import (
     encode_config,
     encode_metrics,
     encode_state,
-    json_safe,
 )
 
 STATE = {
@@ -104,8 +103,3 @@ def test_other_metrics_are_refused_by_name(value: object) -> None:
 
 def test_config_takes_tuples_as_lists() -> None:
     assert dict(encode_config({"a": (1, 2), "b": "c", "d": True})) == {"a": [1, 2], "b": "c", "d": True}
-
-
-def test_json_safe_has_no_nan() -> None:
-    value = {"a": [1.0, math.nan, -math.inf], 2: torch.tensor([1.0, math.nan]), "c": np.int64(3), "d": (True, None)}
-    assert json_safe(value) == {"a": [1.0, None, None], "2": [1.0, None], "c": 3, "d": [True, None]}

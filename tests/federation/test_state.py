@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
 
 from fedmed.federation.state import (
     RunningMean,
@@ -17,7 +16,6 @@ from fedmed.federation.state import (
     first_non_finite,
     mix,
     num_bytes,
-    squared_distance,
     weighted_mean,
 )
 
@@ -182,16 +180,6 @@ def test_non_finite_entry_is_named(value: float) -> None:
 def test_finite_entries_whose_sum_overflows_are_finite() -> None:
     assert first_non_finite({"a": torch.full((3,), 3e38), "e": torch.empty(0), "n": torch.tensor(3)}) is None
     assert first_non_finite({"a": torch.tensor([math.inf, -math.inf])}) == "a"
-
-
-def test_squared_distance_and_its_gradient() -> None:
-    a = {"x": torch.tensor([3.0, 4.0], requires_grad=True), "y": torch.tensor(9.0)}
-    distance = squared_distance(a, {"x": torch.tensor([0.0, 2.0]), "y": torch.tensor(0.0)}, ["x"])
-    assert distance.item() == 13.0
-    distance.backward()
-    gradient = a["x"].grad
-    assert isinstance(gradient, Tensor) and gradient.tolist() == [6.0, 4.0]
-    assert squared_distance(a, a, []).item() == 0.0
 
 
 def test_copies_and_bytes() -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedmed import files
 from fedmed.errors import UserError
+from fedmed.files import read_history, write_csv, write_json
 from fedmed.report import run_folder
-from fedmed.report.run_folder import RunFolder, prepare, read_history, write_csv, write_json
+from fedmed.report.run_folder import RunFolder, prepare
 
 
 def test_new_and_empty_folders_are_taken(tmp_path: Path) -> None:
@@ -67,7 +69,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path, monke
     def full_disk(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run_folder.os, "fsync", full_disk)
+    monkeypatch.setattr(files.os, "fsync", full_disk)
     with pytest.raises(OSError):
         write_json(path, {"new": 2})
     assert json.loads(path.read_text()) == {"old": 1}

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from fedmed.files import write_json
 from fedmed.report import summary as sm
-from fedmed.report.run_folder import write_json
 
 
 def evaluation(round: int, site: str | None, n: int = 0, **metrics: Any) -> dict[str, Any]:
