@@ -1,6 +1,7 @@
 # make demo      compare two methods on synthetic sites; the report lands in demo-report/ (made anew; DEMO_OUT=dir: there)
 # make test      the fast tests          make test-slow   effects, golden metrics, engines
 # make lint      ruff and import layers  make types       mypy
+# make results   the tables of docs/results.md; DATA=folder with ham10000_cls.h5 and ham10000_seg.h5
 # make bench     speed measurements      make clean       remove what make made, results in runs/ excepted
 #
 # PYTHON=python3.12 chooses the interpreter, PYTEST_ARGS="-k state" selects tests. The environment is built in .venv on first use.
@@ -15,7 +16,9 @@ DEMO_OUT ?=
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-slow lint types bench clean dev
+DATA ?= .
+
+.PHONY: help results demo test test-slow lint types bench clean dev
 .DEFAULT_GOAL := help
 
 help:
@@ -62,6 +65,10 @@ types: dev
 
 bench: dev
 	@for script in benchmarks/aggregation.py benchmarks/round_overhead.py benchmarks/startup.py; do [ -e "$$script" ] || { echo "no benchmarks"; break; }; echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+results: dev
+	@$(BIN)/python benchmarks/results.py fednoro --data "$(DATA)/ham10000_cls.h5" --seeds 5
+	@$(BIN)/python benchmarks/results.py feda3i --data "$(DATA)/ham10000_seg.h5" --seeds 5
 
 clean:
 	@rm -rf $(VENV) demo-report build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

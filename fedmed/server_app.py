@@ -143,19 +143,32 @@ def run_server(
         assert loop is not None
         final = loop.run()
     write_safetensors(folder.model, _whole(model, final))
-    truth = read_truth(data_path) if data_path is not None else {}
     elapsed = time.monotonic() - started if loop is None else loop.elapsed
-    summary = build_summary(
-        folder.path, journal.records, config, truth, main_metric=main_metric(facts.task), seconds=elapsed
-    )
+    summary = _summary(folder, config, facts, data_path, layout, journal, elapsed)
     if loop is not None and loop.progress.best:
         _add_selected(summary, loop.progress.best, journal)
+    write_json(folder.summary, summary)
+    journal.tell("on_end", summary)
+    return summary
+
+
+def _summary(
+    folder: RunFolder,
+    config: Config,
+    facts: Identity,
+    data_path: Path | None,
+    layout: Layout,
+    journal: Journal,
+    elapsed: float,
+) -> dict[str, Any]:
+    """The numbers of the run; what was done to the sites' labels is compared with what the rule believes, where it is known."""
+    truth = read_truth(data_path) if data_path is not None else {}
+    metric = main_metric(facts.task)
+    summary = build_summary(folder.path, journal.records, config, truth, main_metric=metric, seconds=elapsed)
     if layout.personal:
         summary["notes"]["personal_entries"] = (
             f"{len(layout.personal)} entries stay at the sites; model.safetensors holds the run seed's values for them"
         )
-    write_json(folder.summary, summary)
-    journal.tell("on_end", summary)
     return summary
 
 
@@ -318,6 +331,7 @@ def _central_scorer(
     splits = [s for s in (("val", "test") if config.evaluation.select else ("test",)) if data.num_examples(s)]
 
     def scorer(state: State, last: bool) -> dict[str, float]:
+        """Score one global state."""
         client = cls(env, Moment(), {})
         client.received = state
         client.load_view("global")
