@@ -37,9 +37,11 @@ def run(
 
         return run_ray(config, num_sites, resume=resume, callbacks=callbacks)
     from fedmed.client_app import app as own_app
+    from fedmed.engines.flower_internals import quiet_log
     from fedmed.engines.local import LocalGrid
     from fedmed.server_app import run_server
 
+    quiet_log()
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(config.engine.threads)

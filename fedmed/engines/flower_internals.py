@@ -138,3 +138,15 @@ def empty_run(run_id: int = LOCAL_RUN_ID) -> Any:
     from flwr.supercore.run import Run
 
     return Run.create_empty(run_id)
+
+
+def quiet_log() -> None:
+    """Let Flower's log say warnings only, once each (it has a handler of its own); everything when our own log is on DEBUG."""
+    import logging
+
+    import flwr.supercore  # noqa: F401  (sets up the logger, so later settings stand)
+
+    logger = logging.getLogger("flwr")
+    logger.propagate = False
+    if not logging.getLogger("fedmed").isEnabledFor(logging.DEBUG):
+        logger.setLevel(logging.WARNING)

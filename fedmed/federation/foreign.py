@@ -11,10 +11,10 @@ import inspect
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower_strategies
 from flwr.serverapp.strategy import Result
@@ -31,6 +31,7 @@ from fedmed.federation.state import State
 from fedmed.federation.strategy import Strategy
 
 log = logging.getLogger("fedmed.server")
+ALL_SITES = "all sites"  # Flower gives one mean, not a value per site
 
 
 def flower_strategy(config: Config) -> FlowerStrategy:
@@ -66,7 +67,7 @@ def run_flower_strategy(
     log.info("flwr strategy: no resume, no quorum, sums in arrival order")
 
     def evaluate(number: int, arrays: ArrayRecord) -> MetricRecord | None:
-        # Flower aggregates before it evaluates, so a finished round is recorded here.
+        # Flower aggregates before it evaluates, so a round is over here.
         if number == 0:
             return None
         scores = central(decode_state(arrays), number == rounds) if central is not None else {}
@@ -75,6 +76,7 @@ def run_flower_strategy(
         journal.tell("on_round", number, journal.flush(), time.monotonic() - started)
         return encode_metrics(scores)
 
+    _record_rounds(strategy, journal)
     result = strategy.start(
         grid=grid,
         initial_arrays=encode_state(initial),
@@ -84,7 +86,6 @@ def run_flower_strategy(
         evaluate_config=ConfigRecord({"rounds": rounds}),
         evaluate_fn=evaluate,
     )
-    _record(result, journal)
     if not len(result.arrays):
         raise FedMedError(
             "the Flower strategy gave no model back: every round failed. The log says why; a site that fails ends such a run"
@@ -93,12 +94,23 @@ def run_flower_strategy(
     return {name: value.to(initial[name].dtype) for name, value in decode_state(result.arrays).items()}
 
 
-def _record(result: Result, journal: Journal) -> None:
-    for number, record in sorted(result.train_metrics_clientapp.items()):
-        journal.add(number, "train", None, metrics=decode_metrics(record))
-    for number, record in sorted(result.evaluate_metrics_clientapp.items()):
-        journal.add(number, "evaluate", None, metrics=decode_metrics(record))
-    journal.flush()
+def _record_rounds(strategy: FlowerStrategy, journal: Journal) -> None:
+    """Write the aggregated metrics of each round into the history when they are made; Flower gives them out at the very end only."""
+    aggregate_train, aggregate_evaluate = strategy.aggregate_train, strategy.aggregate_evaluate
+
+    def train(server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        arrays, metrics = aggregate_train(server_round, replies)
+        if metrics is not None:
+            journal.add(server_round, "train", ALL_SITES, metrics=decode_metrics(metrics))
+        return arrays, metrics
+
+    def evaluate(server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        metrics = aggregate_evaluate(server_round, replies)
+        if metrics is not None:
+            journal.add(server_round, "evaluate", ALL_SITES, metrics=decode_metrics(metrics))
+        return metrics
+
+    strategy.aggregate_train, strategy.aggregate_evaluate = train, evaluate  # type: ignore[method-assign]
 
 
 def start_plain(
