@@ -47,18 +47,21 @@ def with_absolute_paths(config: Config) -> Config:
 
 def site_file(config: Config) -> Path:
     """The site file of a simulation, after its data protocol; made once per recipe. Raises `UserError`."""
-    return _site_file(to_yaml(dataclasses.replace(config, out="")))
-
-
-@lru_cache(maxsize=4)
-def _site_file(text: str) -> Path:
-    from fedmed.config import from_yaml
-
-    config = from_yaml(text)
     if not config.data.path:
         raise UserError(
             "data.path is empty: expected a site file (HDF5) or phantom:<kind>; for example data.path=phantom:classification"
         )
+    source = Path(config.data.path)
+    stamp = (source.stat().st_mtime_ns, source.stat().st_size) if source.is_file() else None
+    return _derived(to_yaml(dataclasses.replace(config, out="")), stamp)
+
+
+@lru_cache(maxsize=4)
+def _derived(text: str, stamp: tuple[int, int] | None) -> Path:
+    """The answer for one configuration; `stamp` makes a source that was rewritten meanwhile another question."""
+    from fedmed.config import from_yaml
+
+    config = from_yaml(text)
     derived: Path = import_attribute(DERIVE)(config.data, config.seed, cache_folder(config))
     return derived
 
