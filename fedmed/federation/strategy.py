@@ -57,9 +57,8 @@ class Strategy(FlowerStrategy):
     State: ClassVar[type] = NoState
     requires: ClassVar[tuple[str, ...]] = ()  # leaves (`Leaf.name`) the client must declare
     tasks: ClassVar[tuple[str, ...]] = ("classification", "multilabel", "segmentation")
-    depends_on_rounds: ClassVar[bool] = (
-        False  # a schedule that counts back from the last round: resume must keep `rounds`
-    )
+    # True for a schedule that counts back from the last round: then a resume must keep `rounds`.
+    depends_on_rounds: ClassVar[bool] = False
 
     params: Any
     state: Any
