@@ -199,3 +199,11 @@ BOUNDS = {
     "engine.gpus_per_client": (0, True),
 }
 UPPER = {"federation.fraction": 1.0, "federation.quorum": 1.0}
+
+# Words in the name of a metric of which small values are good.
+SMALLER_IS_BETTER = ("hd95", "missed", "both_empty", "loss", "error")
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether small values of a metric are good, with or without `split/view/` before its name."""
+    return any(word in metric.rsplit("/", 1)[-1] for word in SMALLER_IS_BETTER)

@@ -25,7 +25,7 @@ from fedmed.federation.records import TensorArray, decode_metrics, encode_state
 from fedmed.federation.seeding import numpy_rng
 from fedmed.federation.state import State
 from fedmed.federation.strategy import Strategy
-from fedmed.metrics import higher_is_better
+from fedmed.schema import lower_is_better
 
 log = logging.getLogger("fedmed.server")
 _MAX_QUERIES = 32  # a rule that asks without end is broken
@@ -352,7 +352,7 @@ class RoundLoop:
             total = sum(n for n, _ in known)
             value = sum(n * v for n, v in known) / total if total else None
         best = self.progress.best.get("value")
-        if value is not None and (best is None or (value > best if higher_is_better(metric) else value < best)):
+        if value is not None and (best is None or (value < best if lower_is_better(metric) else value > best)):
             self.progress.best = {"round": number, "value": value, "metric": metric}
             if self._on_best is not None:
                 self._on_best(self.state)

@@ -2,14 +2,13 @@
 
 from fedmed.metrics.classification import confusion_matrix, predicted_class
 from fedmed.metrics.segmentation import dice_scores, hausdorff95, label_map
-from fedmed.metrics.summary import evaluate_cases, higher_is_better, main_metric, per_class, summarise
+from fedmed.metrics.summary import evaluate_cases, main_metric, per_class, summarise
 
 __all__ = [
     "confusion_matrix",
     "dice_scores",
     "evaluate_cases",
     "hausdorff95",
-    "higher_is_better",
     "label_map",
     "main_metric",
     "per_class",

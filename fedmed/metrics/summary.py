@@ -15,19 +15,11 @@ from fedmed.metrics.segmentation import known_mean, label_map, segmentation_case
 Cases = list[dict[str, float]]
 
 _MAIN = {"segmentation": "dice", "classification": "bacc", "multilabel": "auc"}
-_SMALLER_IS_BETTER = ("hd95", "missed_fraction", "both_empty", "loss")
 
 
 def main_metric(task: str) -> str:
     """The metric a task is judged by: segmentation dice, classification bacc, multilabel auc."""
     return _MAIN[task]
-
-
-def higher_is_better(metric: str) -> bool:
-    """Whether a larger value of `metric` (a key of `summarise`, with or without a "split/view/" in front) is the better
-    one.
-    """
-    return metric.rsplit("/", 1)[-1] not in _SMALLER_IS_BETTER
 
 
 def evaluate_cases(

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedmed.report.summary import Record, curve, lower_is_better, mean_curve, number
+from fedmed.report.summary import Record, curve, mean_curve, number
+from fedmed.schema import lower_is_better
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from fedmed.files import read_history
+from fedmed.schema import lower_is_better
 
 Record = Mapping[str, Any]
 
 # The metric a task is judged by, most telling first, for runs that do not say.
 _MAIN_METRICS = ("dice", "bacc", "auc", "map", "acc", "f1")
-_LOWER_IS_BETTER = ("hd95", "loss", "missed", "error")
 _PACKAGES = ("fedmed", "flwr", "torch", "monai", "numpy", "ray")
 
 
@@ -30,11 +30,6 @@ def mean(values: Iterable[float]) -> float:
     """Mean of the defined values; NaN when there are none."""
     kept = [v for v in values if not math.isnan(v)]
     return math.fsum(kept) / len(kept) if kept else math.nan
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether small values of a metric are good (distances, losses)."""
-    return any(word in metric.rsplit("/", 1)[-1] for word in _LOWER_IS_BETTER)
 
 
 def worst(metric: str, values: Iterable[float]) -> float:

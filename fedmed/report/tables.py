@@ -9,7 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedmed.report.summary import lower_is_better, mean, number, spread, tail, worst
+from fedmed.report.summary import mean, number, spread, tail, worst
+from fedmed.schema import lower_is_better
 
 Rows = list[list[str]]
 

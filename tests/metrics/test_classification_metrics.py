@@ -10,7 +10,8 @@ import pytest
 import torch
 from sklearn import metrics as sk
 
-from fedmed.metrics import confusion_matrix, evaluate_cases, higher_is_better, main_metric, per_class, summarise
+from fedmed.metrics import confusion_matrix, evaluate_cases, main_metric, per_class, summarise
+from fedmed.schema import lower_is_better
 
 NAMES = ("a", "b", "c", "d")
 
@@ -111,5 +112,5 @@ def test_multilabel_leaves_unknown_labels_and_single_outcomes_out() -> None:
 
 def test_main_metric_and_direction() -> None:
     assert [main_metric(task) for task in ("segmentation", "classification", "multilabel")] == ["dice", "bacc", "auc"]
-    assert higher_is_better("test/global/dice")
-    assert not higher_is_better("test/global/hd95")
+    assert not lower_is_better("test/global/dice")
+    assert lower_is_better("test/global/hd95")
