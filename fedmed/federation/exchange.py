@@ -6,6 +6,7 @@ site order and never in arrival order: sums are the same on every engine, and on
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -125,7 +126,8 @@ class Exchange:
     def _read_identity(self, node: int, reply: Reply, strict: bool) -> Identity | None:
         found = names.part(reply.message.content, names.IDENTITY, ConfigRecord) if reply.message is not None else None
         if found is not None:
-            return Identity.from_config(dict(found))
+            with contextlib.suppress(TypeError):  # not an identity: goes on as if there were none
+                return Identity.from_config(found)
         if self._plain_clients:
             return Identity(
                 site=f"node-{node}",

@@ -15,6 +15,7 @@ from torch import Tensor
 from fedmed.federation.records import Metrics, decode_state, encode_config, encode_metrics, encode_state
 from fedmed.federation.state import State
 
+CLIENT_RAISED = 2  # Flower's error code for a client app that raised
 ARRAYS, CONFIG, METRICS, EXTRAS, IDENTITY = "arrays", "config", "metrics", "extras", "identity"
 NUM_EXAMPLES = "num-examples"
 SCHEMA_VERSION = "fedmed-data-1"
@@ -79,18 +80,27 @@ class Identity:
 
     def as_config(self) -> dict[str, Any]:
         """The part the site sends (scalars, strings and lists only)."""
-        names = ("site", "task", "classes", "channels", "image_size", "label_kind", "num_train", "num_val", "num_test")
-        values = {n: getattr(self, n) for n in (*names, "groups_left_out", "schema", "code_hash")}
+        values = {n: getattr(self, n) for n in _SENT}
         # A record cannot hold an empty list of unknown type.
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v != ()}
 
     @classmethod
     def from_config(cls, values: Mapping[str, Any]) -> Identity:
-        """Read what `as_config` made."""
-        fields = dict(values)
+        """Read what `as_config` made, by this or another version: what is unknown, or not for a site to say, is ignored.
+
+        Raises `TypeError` if something is missing that every version sends.
+        """
+        fields = {name: values[name] for name in _SENT if name in values}
         for name in ("classes", "channels", "image_size", "groups_left_out"):
             fields[name] = tuple(fields.get(name, ()))
         return cls(**fields)
+
+
+# Of the fields above, those a site sends; `plain`, `index` and `node_id` are never read from a message.
+_SENT = (
+    "site", "task", "classes", "channels", "image_size", "label_kind",
+    "num_train", "num_val", "num_test", "groups_left_out", "schema", "code_hash",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

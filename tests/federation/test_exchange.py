@@ -145,6 +145,19 @@ def test_identity_survives_the_wire() -> None:
         assert Identity.from_config(dict(names.encode_config(identity.as_config()))) == identity
 
 
+def test_a_site_says_of_itself_only_what_is_its_to_say() -> None:
+    sent = {
+        **names.encode_config(IDENTITY.as_config()),
+        "plain": True,
+        "index": 7,
+        "node_id": 9,
+        "of_a_later_version": 1,
+    }
+    assert Identity.from_config(sent) == IDENTITY  # else `plain` would pass by the check of the code
+    with pytest.raises(TypeError):
+        Identity.from_config({name: value for name, value in sent.items() if name != "task"})
+
+
 # ---------------------------------------------------------------------- reading answers
 
 MODEL = nn.BatchNorm1d(2)
