@@ -9,7 +9,6 @@ The value of a run is the mean over its last rounds on the pooled clean test ite
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -17,6 +16,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from fedmed.files import read_history, read_json
 
 
 def load_comparison(name: str) -> dict[str, Any]:
@@ -54,8 +55,7 @@ def run_one(base: str, words: list[str]) -> float:
 
 def value_of(folder: Path, metric: str, last: int) -> float:
     """Mean of a metric over the last rounds of a run, on the pooled clean test items."""
-    records = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    values = [r["metrics"].get(f"test/global/{metric}") for r in records if r["phase"] == "central"]
+    values = [r["metrics"].get(f"test/global/{metric}") for r in read_history(folder) if r["phase"] == "central"]
     known = [v for v in values[-last:] if v is not None]
     return statistics.fmean(known) if known else float("nan")
 
@@ -103,7 +103,7 @@ def tables(comparison: dict[str, Any], keys: list[tuple[str, str, int]], out: Pa
 
 def findings(folder: Path) -> list[str]:
     """Precision and recall of the sites believed noisy, group sizes and the largest weight, as table cells."""
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = read_json(folder / "summary.json")
     noisy, notes = summary["noisy_sites"], summary["notes"]
     shown = ["–" if noisy[k] is None else f"{noisy[k]:.2f}" for k in ("precision", "recall")]
     groups = ", ".join(f"{v} {k}" for k, v in sorted(notes.get("groups", {}).items()) if v)

@@ -12,11 +12,11 @@ from flwr.clientapp import ClientApp
 
 from fedmed.config import Config, folder_name, from_run_config
 from fedmed.errors import FedMedError
+from fedmed.federation.messages import CLIENT_RAISED
 from fedmed.federation.site import Place, Workshop, answer
 
 log = logging.getLogger("fedmed.site")
 app = ClientApp()
-_CLIENT_RAISED = 2  # Flower's error code for a client app that raised
 
 
 @lru_cache(maxsize=1)
@@ -70,7 +70,7 @@ def _handle(kind: str, message: Message, context: Context) -> Message:
         simulated = "data-path" not in context.node_config
         # A real site's log is where the details stay; a simulation shows the reason anyway.
         log.log(logging.DEBUG if simulated else logging.ERROR, "%s failed", kind, exc_info=True)
-        return Message(Error(_CLIENT_RAISED, _reason(error, simulated)), reply_to=message)
+        return Message(Error(CLIENT_RAISED, _reason(error, simulated)), reply_to=message)
 
 
 @app.query("identify")

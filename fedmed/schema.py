@@ -207,3 +207,8 @@ SMALLER_IS_BETTER = ("hd95", "missed", "both_empty", "loss", "error")
 def lower_is_better(metric: str) -> bool:
     """Whether small values of a metric are good, with or without `split/view/` before its name."""
     return any(word in metric.rsplit("/", 1)[-1] for word in SMALLER_IS_BETTER)
+
+
+@dataclass(frozen=True)
+class NoParams:
+    """The arguments of a strategy, client or add-on that takes none."""

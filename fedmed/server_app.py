@@ -26,24 +26,18 @@ from fedmed.federation.history import Callback, Journal
 from fedmed.federation.layout import Layout
 from fedmed.federation.messages import Identity
 from fedmed.federation.rounds import RoundLoop, Scorer
-from fedmed.federation.scoring import score
+from fedmed.federation.scoring import score_view
 from fedmed.federation.site import choose_device, client_class, make_addons, make_model
 from fedmed.federation.state import State
 from fedmed.federation.strategy import Strategy
 from fedmed.files import json_ready, write_json, write_text
-from fedmed.metrics import main_metric
+from fedmed.metrics import main_metric, round_metrics
 from fedmed.registry import resolve
 from fedmed.report.run_folder import RunFolder
 from fedmed.report.summary import build_summary
 
 log = logging.getLogger("fedmed.server")
 app = ServerApp()
-# Metrics a round can be chosen by, per task; hd95 is measured in the last evaluation only.
-_SELECTABLE = {
-    "segmentation": ("dice", "missed_fraction"),
-    "classification": ("acc", "bacc", "auc", "f1"),
-    "multilabel": ("auc", "map", "f1"),
-}
 
 
 @app.main()
@@ -56,9 +50,8 @@ def main(grid: Grid, context: Context) -> None:
 
     config = from_run_config(context.run_config)
     resume = bool(context.run_config.get("resume", False))
-    if (
-        not config.out and config.data.path
-    ):  # a simulation: its sites keep personal state and scores there, so they must know it too
+    if not config.out and config.data.path:
+        # A simulation: its sites keep personal state and scores there, so they must know it too.
         raise UserError("the key out is empty; say where results go: flwr run ... -c 'out=\"/absolute/path\" ...'")
     if not config.out:
         config = dataclasses.replace(config, out=str(default_out(config.name)))
@@ -241,9 +234,9 @@ def check_selection(config: Config, task: str, has_central: bool) -> None:
     metric = config.evaluation.select
     if metric is None:
         return
-    if metric not in _SELECTABLE[task]:
+    if metric not in round_metrics(task):
         raise UserError(
-            f"evaluation.select: {task} is not scored by {metric!r} every round{nearest(metric, _SELECTABLE[task])}"
+            f"evaluation.select: {task} is not scored by {metric!r} every round{nearest(metric, round_metrics(task))}"
         )
     if not has_central and not (config.evaluation.sites and config.evaluation.mode == "separate"):
         raise UserError(
@@ -328,18 +321,11 @@ def _central_scorer(
     device = choose_device(config.engine.device)
     scored_model, _ = make_model(config, data.task, len(data.classes), len(data.channels), data.image_size)
     env = Env(config, data, scored_model.to(device), layout, device, activation, "central")
-    splits = [s for s in (("val", "test") if config.evaluation.select else ("test",)) if data.num_examples(s)]
 
     def scorer(state: State, last: bool) -> dict[str, float]:
         """Score one global state."""
         client = cls(env, Moment(), {})
         client.received = state
-        client.load_view("global")
-        metrics: dict[str, float] = {}
-        for split in splits:
-            metrics[f"n/{split}"] = data.num_examples(split)
-            scored = score(client, split, "global", hd95=config.evaluation.hd95 and last)
-            metrics.update({f"{split}/global/{key}": value for key, value in scored.metrics.items()})
-        return metrics
+        return score_view(client, "global", hd95=config.evaluation.hd95 and last)[0]
 
     return scorer

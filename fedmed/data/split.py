@@ -78,6 +78,7 @@ def make_decoder(
     placed: dict[torch.device, tuple[Tensor | None, Tensor | None]] = {}
 
     def decode(raw: Tensor) -> Tensor:
+        """Stored images to float32."""
         if raw.dtype == torch.uint8:
             images = raw.to(torch.float32).div_(255.0)
         elif unsigned16:

@@ -17,8 +17,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fedmed.engines.flower_internals import LOCAL_RUN_ID, act_as_server, empty_run, stamp
-
-CLIENT_RAISED = 2  # Flower's error code for a client app that raised
+from fedmed.federation.messages import CLIENT_RAISED
 
 Intercept = Callable[[Message, Callable[[], Message]], Message | None]
 

@@ -26,13 +26,9 @@ from fedmed.federation.seeding import torch_rng
 from fedmed.federation.state import State, copy_state
 from fedmed.models.heads import probabilities
 from fedmed.models.output import Output
+from fedmed.schema import NoParams
 
-TRANSPARENT = "optimizer/"  # prefix of optimiser moments among the personal arrays
-
-
-@dataclass(frozen=True)
-class NoParams:
-    """A client without arguments."""
+MOMENTS = "optimizer/"  # prefix of optimiser moments among the personal arrays
 
 
 @dataclass
@@ -282,13 +278,13 @@ def optimizer_arrays(model: nn.Module, optimizer: torch.optim.Optimizer) -> Stat
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                out[f"{TRANSPARENT}{name}/{key}"] = value.detach().cpu().clone()
+                out[f"{MOMENTS}{name}/{key}"] = value.detach().cpu().clone()
     return out
 
 
 def _restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, personal: Mapping[str, Tensor]) -> None:
     for name, parameter in model.named_parameters():
-        prefix = f"{TRANSPARENT}{name}/"
+        prefix = f"{MOMENTS}{name}/"
         kept = {key.removeprefix(prefix): value for key, value in personal.items() if key.startswith(prefix)}
         if kept:
             optimizer.state[parameter] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from fedmed.data.loader import batches
 from fedmed.federation.client import Client
+from fedmed.files import write_csv
 from fedmed.metrics import evaluate_cases, summarise
 
 _OVERLAY_ITEMS = 4
@@ -61,6 +61,24 @@ def score(client: Client, split_name: str, view: str, *, hd95: bool = False) -> 
     return Scored(summarise(task, joined[0], joined[1], cases, classes) if cases else {}, cases, overlay)
 
 
+def score_view(client: Client, view: str, *, hd95: bool = False) -> tuple[dict[str, Any], list[Scored]]:
+    """Load a view and score it on the test split, and on the validation split where a round is chosen by it.
+
+    Out: `n/<split>` and `<split>/<view>/<metric>` as they are reported, and the details of each split that has items.
+    """
+    client.load_view(view)
+    metrics: dict[str, Any] = {}
+    details: list[Scored] = []
+    for split in ("val", "test") if client.config.evaluation.select else ("test",):
+        count = client.data.num_examples(split)
+        metrics[f"n/{split}"] = count
+        if count:
+            scored = score(client, split, view, hd95=hd95)
+            details.append(scored)
+            metrics.update({f"{split}/{view}/{name}": value for name, value in scored.metrics.items()})
+    return metrics, details
+
+
 def _pictures(client: Client, images: Tensor, targets: Tensor, prob: Tensor) -> dict[str, np.ndarray[Any, Any]]:
     from fedmed.models.heads import label_map
 
@@ -78,14 +96,7 @@ def write_case_files(folder: Path, scored: list[Scored]) -> None:
     """Write `cases.csv` and, for segmentation, `overlay.npz` into a site's own folder (0700), atomically; they never travel."""
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
-    rows = [row for s in scored for row in s.cases]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    temporary = folder / f".cases.csv.{os.getpid()}.tmp"
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows({k: "" if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()} for row in rows)
-    temporary.replace(folder / "cases.csv")
+    write_csv(folder / "cases.csv", [row for s in scored for row in s.cases])
     overlay = next((s.overlay for s in scored if s.overlay), None)
     if overlay:
         temporary = folder / f".overlay.{os.getpid()}.tmp.npz"

@@ -25,7 +25,7 @@ from fedmed.federation.client import AddOn, Client, Env, Moment
 from fedmed.federation.layout import Layout, hand_over
 from fedmed.federation.messages import Identity, code_hash
 from fedmed.federation.personal import PersonalStore
-from fedmed.federation.scoring import Scored, score, write_case_files
+from fedmed.federation.scoring import Scored, score_view, write_case_files
 from fedmed.federation.seeding import derive_seed
 from fedmed.federation.state import State, clone_state
 from fedmed.models.build import build_model
@@ -227,19 +227,12 @@ class SiteSession:
         return names.pack(metrics={names.NUM_EXAMPLES: metrics.get("n/test", 0), **metrics})
 
     def _scores(self, views: tuple[str, ...], *, final: bool) -> dict[str, Any]:
-        wanted = self.config.evaluation
-        splits = ("val", "test") if wanted.select else ("test",)
         metrics: dict[str, Any] = {}
         details: list[Scored] = []
         for view in views:
-            self.client.load_view(view)
-            for split in splits:
-                count = self.client.data.num_examples(split)
-                metrics[f"n/{split}"] = count
-                if count:
-                    scored = score(self.client, split, view, hd95=wanted.hd95 and final)
-                    details.append(scored)
-                    metrics.update({f"{split}/{view}/{name}": value for name, value in scored.metrics.items()})
+            scores, scored = score_view(self.client, view, hd95=self.config.evaluation.hd95 and final)
+            metrics.update(scores)
+            details += scored
         if final and details and self.place.state is not None:
             write_case_files(self.place.state, details)
         return metrics

@@ -27,11 +27,7 @@ from fedmed.federation.messages import Answer, Identity, Query, Update
 from fedmed.federation.state import State as ModelState
 from fedmed.federation.state import weighted_mean
 from fedmed.files import json_ready
-
-
-@dataclass(frozen=True)
-class NoParams:
-    """A method without arguments."""
+from fedmed.schema import NoParams
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from fedmed.metrics.classification import confusion_matrix, predicted_class
 from fedmed.metrics.segmentation import dice_scores, hausdorff95, label_map
-from fedmed.metrics.summary import evaluate_cases, main_metric, per_class, summarise
+from fedmed.metrics.summary import evaluate_cases, main_metric, per_class, round_metrics, summarise
 
 __all__ = [
     "confusion_matrix",
@@ -13,5 +13,6 @@ __all__ = [
     "main_metric",
     "per_class",
     "predicted_class",
+    "round_metrics",
     "summarise",
 ]

@@ -15,11 +15,21 @@ from fedmed.metrics.segmentation import known_mean, label_map, segmentation_case
 Cases = list[dict[str, float]]
 
 _MAIN = {"segmentation": "dice", "classification": "bacc", "multilabel": "auc"}
+_EVERY_ROUND = {
+    "segmentation": ("dice", "missed_fraction"),
+    "classification": ("acc", "bacc", "auc", "f1"),
+    "multilabel": ("auc", "map", "f1"),
+}
 
 
 def main_metric(task: str) -> str:
     """The metric a task is judged by: segmentation dice, classification bacc, multilabel auc."""
     return _MAIN[task]
+
+
+def round_metrics(task: str) -> tuple[str, ...]:
+    """The metrics of `summarise` that every evaluation of a task has and a round can be chosen by (hd95 is only measured in the last)."""
+    return _EVERY_ROUND[task]
 
 
 def evaluate_cases(

@@ -55,6 +55,7 @@ class WandbTracker(Callback):
         """Open a wandb run named like the run folder; a resumed run opens a new one in the same group."""
 
         def start() -> Any:
+            """Import wandb and open the run."""
             import wandb
 
             return wandb.init(
