@@ -22,7 +22,7 @@ from fedmed.federation.checkpoint import Checkpoint, CheckpointStore, write_safe
 from fedmed.federation.client import Client, Env, Moment, declared_leaves
 from fedmed.federation.exchange import Exchange
 from fedmed.federation.foreign import flower_strategy, run_flower_strategy
-from fedmed.federation.history import Callback, Journal
+from fedmed.federation.history import Callback, Journal, start_info
 from fedmed.federation.layout import Layout
 from fedmed.federation.messages import Identity
 from fedmed.federation.rounds import RoundLoop, Scorer
@@ -125,11 +125,8 @@ def run_server(
     # Everything fits; only from here on is anything written.
     write_text(folder.config, to_yaml(config))
     write_json(folder.path / "model.json", _model_facts(config, facts, activation))
-    info = {
-        "name": config.name, "out": str(folder.path), "rounds": config.federation.rounds, "start_round": checkpoint.round + 1 if checkpoint else 1,
-        "sites": list(exchange.sites), "main_metric": main_metric(facts.task), "config": to_yaml(config),
-    }  # fmt: skip
-    journal.tell("on_start", info)
+    start_round = checkpoint.round + 1 if checkpoint else 1
+    journal.tell("on_start", start_info(config, start_round, exchange.sites, main_metric(facts.task)))
     if rule is not None:
         final = run_flower_strategy(rule, grid, config, initial, journal, exchange, central)
     else:

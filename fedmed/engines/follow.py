@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fedmed.config import Config, to_yaml
-from fedmed.federation.history import Callback, Journal, Record
+from fedmed.config import Config
+from fedmed.federation.history import Callback, Journal, Record, start_info
 from fedmed.files import read_json
 from fedmed.report.run_folder import RunFolder
 
@@ -120,17 +120,8 @@ def run_ray(config: Config, num_sites: int, *, resume: bool, callbacks: Iterable
     folder = RunFolder(Path(config.out))
     checkpoint = CheckpointStore(folder.checkpoint).read() if resume else None
     start_round, kept = (checkpoint.round + 1, checkpoint.history_bytes) if checkpoint else (1, 0)
-    info = {
-        "name": config.name,
-        "out": str(folder.path),
-        "rounds": config.federation.rounds,
-        "start_round": start_round,
-        "sites": [],
-        "main_metric": main_metric(facts.task),
-        "config": to_yaml(config),
-    }
     with HistoryFollower(folder.history, callbacks, kept) as follower:
-        follower.tell("on_start", info)
+        follower.tell("on_start", start_info(config, start_round, [], main_metric(facts.task)))
         run(config, folder.path, resume=resume, num_sites=num_sites, on_line=relay)
     summary: dict[str, Any] = read_json(folder.summary)
     follower.tell("on_end", summary)

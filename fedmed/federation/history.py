@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedmed.config import Config, to_yaml
 from fedmed.files import json_ready, read_history
 
 log = logging.getLogger("fedmed.server")
@@ -98,3 +99,11 @@ class Journal:
                     "%s stopped following the run: %s: %s", type(callback).__name__, type(error).__name__, error
                 )
                 self._callbacks.remove(callback)
+
+
+def start_info(config: Config, start_round: int, sites: Sequence[str], main_metric: str) -> dict[str, Any]:
+    """What `Callback.on_start` is told."""
+    return {
+        "name": config.name, "out": config.out, "rounds": config.federation.rounds, "start_round": start_round,
+        "sites": list(sites), "main_metric": main_metric, "config": to_yaml(config),
+    }  # fmt: skip
