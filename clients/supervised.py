@@ -12,7 +12,7 @@ from fedmed.data.split import Batch
 from fedmed.errors import UserError
 from fedmed.federation.client import Client
 from fedmed.losses.classification import cross_entropy, log_prior, logit_adjusted_cross_entropy
-from fedmed.losses.segmentation import bce_dice, bce_with_logits, ce_dice
+from fedmed.losses.segmentation import bce_dice, bce_with_logits, ce_dice, dice
 from fedmed.models.output import Output
 
 _AUTO = {
@@ -27,8 +27,9 @@ _FITS = {
     "bce": (("multilabel", "sigmoid"), ("segmentation", "sigmoid")),
     "bce_dice": (("segmentation", "sigmoid"),),
     "ce_dice": (("segmentation", "softmax"),),
+    "dice": (("segmentation", "softmax"),),
 }
-_LOSSES = {"ce": cross_entropy, "bce": bce_with_logits, "ce_dice": ce_dice}
+_LOSSES = {"ce": cross_entropy, "bce": bce_with_logits, "ce_dice": ce_dice, "dice": dice}
 
 
 @dataclass(frozen=True)

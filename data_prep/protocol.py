@@ -220,8 +220,8 @@ def corrupt(
     """
     key = {"segmentation": "mask"}.get(task, "label")
     name = type(corruption).__name__
-    if corruption.task != task:
-        raise UserError(f"data.corruption: {name} is for {corruption.task} files, this file is for {task}.")
+    if task not in corruption.tasks:
+        raise UserError(f"data.corruption: {name} is for {', '.join(corruption.tasks)} files, this file is for {task}.")
     for site in sites:
         read = str(site.attrs.get("annotation", key)) if annotation == "auto" else annotation
         if read != key or key not in site.arrays:
@@ -237,6 +237,9 @@ def corrupt(
         groups=np.concatenate([site.arrays["group_id"][rows] for site, rows in zip(sites, train, strict=True)]),
         num_clients=len(sites),
         num_classes=num_classes,
+        slices=np.concatenate([site.arrays["slice_no"][rows] for site, rows in zip(sites, train, strict=True)])
+        if all("slice_no" in site.arrays for site in sites)
+        else None,
     )
     result = corruption.apply(pooled, seed)
     return [

@@ -7,7 +7,7 @@ file without adapter is skipped); the exit code is 1 when a file failed, 2 when 
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-ADAPTER_FILES = ("conformance_methods.py", "conformance_data.py")
 Adapter = Callable[[Mapping[str, Any]], list[tuple[str, float, float]]]
 
 
@@ -35,17 +34,13 @@ class Outcome:
 
 
 def adapters() -> dict[str, Adapter]:
-    """Collect the adapters of all files beside this one, by kind."""
+    """Collect the adapters of all files `conformance_*.py` beside this one, by kind."""
     found: dict[str, Adapter] = {}
-    if str(HERE.parent) not in sys.path:  # run as a script, the checkout's packages are not on the path
-        sys.path.insert(0, str(HERE.parent))
-    for path in (HERE / name for name in ADAPTER_FILES):
-        if path.is_file():
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            found.update(module.ADAPTERS)
+    for folder in (HERE, HERE.parent):  # run as a script, the checkout's packages are not on the path
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+    for path in sorted(HERE.glob("conformance_*.py")):
+        found.update(importlib.import_module(path.stem).ADAPTERS)
     return found
 
 

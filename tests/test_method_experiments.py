@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from fedmed.config import load_config, params_from
+from fedmed.config import experiment_dirs, load_config, params_from
 from fedmed.federation.client import declared_leaves
 from fedmed.registry import resolve
 
-METHODS = ("fedavg", "fedprox", "fedbn", "fedavgm", "fedadam", "fednoro", "feda3i")
+METHODS = sorted(path.stem for path in experiment_dirs()[-1].glob("[a-z]*.yaml") if not path.stem.startswith("demo_"))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -19,7 +19,8 @@ class TrainPool:
     """Training items of all clients: N items, K clients, C classes.
 
     images (N, H, W[, channels]) as stored; targets (N,) int64 labels or (N, H, W) uint8 masks; client (N,) int64
-    in [0, K); groups (N,) lesion, patient or case of each item; num_clients K; num_classes C.
+    in [0, K); groups (N,) lesion, patient or case of each item; num_clients K; num_classes C; slices (N,) place of an
+    image in the volume of its case, None where the file does not say.
     """
 
     images: np.ndarray
@@ -28,6 +29,7 @@ class TrainPool:
     groups: np.ndarray
     num_clients: int
     num_classes: int
+    slices: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,9 @@ class Corrupted:
 
 
 class Corruption(Protocol):
-    """A parametrised corruption; `task` is the kind of site file it applies to."""
+    """A parametrised corruption of annotations; `tasks` are the kinds of site files it applies to."""
 
-    task: str
+    tasks: tuple[str, ...]
 
     def apply(self, pool: TrainPool, seed: Seed) -> Corrupted:
         """Corrupt the pool; all randomness comes from `seed`."""

@@ -196,7 +196,7 @@ class ContourNoise:
     shrink_fraction 0.8 is type 2.
     """
 
-    task: ClassVar[str] = "segmentation"
+    tasks: ClassVar[tuple[str, ...]] = ("segmentation",)
     mean_low: float = 0.0  # lower bound of |mu|, 0 <= low <= high; 0 in the official code
     mean_high: float = 20.0  # upper bound of |mu|, official code
     std: float = 10.0  # sigma ~ U(std/2, std), official code

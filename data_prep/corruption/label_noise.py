@@ -169,7 +169,7 @@ def iid_folds(num_groups: int, folds: int, rng: Rng) -> np.ndarray:
 class LabelNoise:
     """`label_noise`: parameters of the noise; classification files only. seed None: from the run's seed."""
 
-    task: ClassVar[str] = "classification"
+    tasks: ClassVar[tuple[str, ...]] = ("classification",)
     kind: str = "instance"  # "instance" (default of the official code) or "random" (symmetric)
     noisy_fraction: float = 0.4  # rho in [0, 1], official code
     rate_lower: float = 0.5  # lo in [0, 1], official code

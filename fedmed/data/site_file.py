@@ -193,6 +193,9 @@ class SiteFile:
         self.image_size: tuple[int, int] = (int(size[0]), int(size[1]))
         self.recipe: dict[str, Any] | None = json.loads(attrs["recipe"]) if "recipe" in attrs else None
         self.central = CENTRAL in file
+        self.conditions = tuple(
+            sorted(key.removeprefix(f"{CENTRAL}_") for key in file if key.startswith(f"{CENTRAL}_"))
+        )
         self.sites = tuple(self._info(group) for group in groups)
         names = [site.name for site in self.sites]
         twice = {name for name in names if names.count(name) > 1}
@@ -240,7 +243,7 @@ class SiteFile:
         info = self._find(name)
         where = self._where(info.name)
         node = self._node(info.group)
-        if info.n_train == 0 and not allow_empty_train and info.group != CENTRAL:
+        if info.n_train == 0 and not allow_empty_train and not info.group.startswith(CENTRAL):
             raise UserError(
                 f"{where}: the train split is empty ({info.n} images). Put images into train_idx or leave the site out."
             )
@@ -308,8 +311,8 @@ class SiteFile:
         return SiteInfo(group, name, count, *sizes)
 
     def _find(self, name: str) -> SiteInfo:
-        if name == CENTRAL and self.central:
-            return self._info(CENTRAL)
+        if (name == CENTRAL and self.central) or name.removeprefix(f"{CENTRAL}_") in self.conditions:
+            return self._info(name)
         for info in self.sites:
             if name in (info.name, info.group):
                 return info

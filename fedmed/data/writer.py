@@ -51,11 +51,13 @@ def write_site_file(
     central: SiteArrays | None = None,
     recipe: Mapping[str, Any] | None = None,
     compression: int = 1,
+    conditions: Mapping[str, SiteArrays] | None = None,
 ) -> Path:
     """Write a site file and return its path; a reader sees the old file or the complete new one, never a part.
 
     `meta`: root attributes; task, classes, channels and image_size are needed, lists are stored as JSON. `central`:
     pooled clean images, group `central`. `recipe`: how a derived file came about (JSON). `compression`: gzip level 0-9.
+    `conditions`: the central items under other conditions (a degraded copy, ...), each in a group `central_<name>`.
     Raises UserError when `meta` is incomplete.
     """
     path = Path(path)
@@ -76,6 +78,8 @@ def write_site_file(
                 _write_site(file.create_group(site.group or f"site_{index:02d}"), site, compression)
             if central is not None:
                 _write_site(file.create_group("central"), central, compression)
+            for condition, items in (conditions or {}).items():
+                _write_site(file.create_group(f"central_{condition}"), items, compression)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -170,17 +170,21 @@ class Client:
             terms = {**terms, **addon.loss(self, output, batch, step)}
         return terms
 
-    def sweep(self, split: str | Split = "train") -> Iterator[tuple[Batch, Output]]:
-        """Ordered, unaugmented pass without gradient in eval mode; the model's mode is put back at the end."""
+    def sweep(self, split: str | Split = "train", *, gradient: bool = False) -> Iterator[tuple[Batch, Output]]:
+        """Ordered, unaugmented pass in eval mode; the model's mode is put back at the end.
+
+        `gradient`: outputs can be differentiated, in batches as small as those of training, so that memory is not more than training needs.
+        """
         items = self.data.split(split, self.device) if isinstance(split, str) else split
+        size = self.config.training.batch_size * (1 if gradient else 4)
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad():
-                for batch in batches(items, 4 * self.config.training.batch_size):
-                    with self.autocast():
-                        output = self.model(batch.images)
-                    yield batch, Output(output.logits.float(), *output[1:])
+            for batch in batches(items, size):
+                with torch.set_grad_enabled(gradient), self.autocast():
+                    output = self.model(batch.images)
+                    output = Output(output.logits.float(), *output[1:])
+                yield batch, output
         finally:
             self.model.train(was_training)
 

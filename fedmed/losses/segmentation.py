@@ -119,6 +119,21 @@ def ce_dice(logits: Tensor, targets: Tensor, ce_weight: float = 0.5) -> Tensor:
     return ce_weight * F.cross_entropy(logits, targets) + (1 - ce_weight) * dice
 
 
+def dice(logits: Tensor, targets: Tensor, *, skip_empty: bool = False) -> Tensor:
+    """1 - mean soft Dice of the foreground of softmax outputs, per image and class: the loss of FedIA (arXiv 2407.02280).
+
+    logits (B, C, *), C >= 2, targets (B, *) int64 class ids, 0 background. (2 Σ p y) / (Σ p + Σ y + 1e-4). A class that an
+    image lacks has loss 1 and gradient 0, as published; with `skip_empty` it is left out of the mean (nothing left: loss 0
+    with gradient 0). Out: scalar.
+    """
+    truth = foreground_channels(targets, logits.shape[1] - 1, logits.dtype)
+    score = soft_dice(logits.softmax(dim=1)[:, 1:], truth, smooth_numerator=0.0, smooth_denominator=1e-4)
+    if not skip_empty:
+        return 1 - score.mean()
+    drawn = truth.flatten(2).any(dim=2).to(score.dtype)
+    return ((1 - score) * drawn).sum() / drawn.sum().clamp_min(1.0)
+
+
 def _like(logits: Tensor, targets: Tensor) -> Tensor:
     """Targets as channels of the shape of the logits: class ids are expanded, channels only change their dtype."""
     if targets.ndim == logits.ndim - 1:

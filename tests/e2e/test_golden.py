@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 from pathlib import Path
 
@@ -17,9 +16,9 @@ _spec.loader.exec_module(golden)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", golden.RUNS)
+@pytest.mark.parametrize("name", golden.names())
 def test_metrics_are_the_stored_ones(name: str, tmp_path: Path) -> None:
-    stored = json.loads((GOLDEN / f"{name}.json").read_text())
+    stored = golden.stored(name)
     found = golden.measure(name, tmp_path / "run")
     assert set(found) == set(stored["metrics"])
     for key, expected in stored["metrics"].items():
