@@ -1,7 +1,8 @@
 """A data protocol: resize, partition, corrupt, in this order, once, into a derived site file keyed by its recipe.
 
-Only training annotations are corrupted; validation and test items stay clean, are dealt to the clients at random for
-per-site scores, and lie together in the group `central`. Every engine and client reads the derived file only.
+Validation and test items are dealt to the clients at random for per-site scores, and lie together in the group
+`central`. Annotations are corrupted at training items only. Images are corrupted at all items of a client; then the
+central items lie in `central_corrupted` too, degraded. Every engine and client reads the derived file only.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.corruption import Corruption, TrainPool
+from data_prep.corrupt import CORRUPTED, corrupt, corrupt_images
+from data_prep.corruption import Corruption, ImageCorruption
+from data_prep.deal import iid_partition
 from data_prep.items import Items, pool, read_items, shrink, site_arrays, take
-from data_prep.partition import Natural, Partition, Pool, iid_partition
+from data_prep.partition import Natural, Partition, Pool
 from data_prep.seeding import Seed
 from fedmed.config import DataConfig, nearest, params_from
 from fedmed.data.site_checks import SPLITS
@@ -39,7 +42,7 @@ class Recipe:
 
     resize: int | None
     partition: Partition | None
-    corruption: Corruption | None
+    corruption: Corruption | ImageCorruption | None
     names: tuple[str | None, str | None]  # registered names of the two
     seed: int
 
@@ -151,13 +154,17 @@ def _build(source: Path, target: Path, recipe: Recipe, facts: dict[str, Any], an
     seed = Seed(recipe.seed)
     if recipe.partition is not None and not _keeps_sites(recipe.partition, len(sites)):
         sites = cut(sites, num_classes, recipe.partition, seed)
-    if recipe.corruption is not None:
+    central = _central(sites)  # before anything is corrupted
+    poor: Items | None = None
+    if isinstance(recipe.corruption, ImageCorruption):
+        sites, poor = corrupt_images(sites, central, task, recipe.corruption, seed)
+    elif recipe.corruption is not None:
         sites = corrupt(sites, task, num_classes, recipe.corruption, annotation, seed)
-    central = _central(sites)
     full = {**facts, "sites": [_summary(site) for site in sites]}
     pooled = None if central is None else site_arrays(central)
+    conditions = {} if poor is None else {CORRUPTED: site_arrays(poor)}
     with _published(target) as partial:
-        write_site_file(partial, meta, [site_arrays(site) for site in sites], pooled, full)
+        write_site_file(partial, meta, [site_arrays(site) for site in sites], pooled, full, conditions=conditions)
 
 
 def _keeps_sites(partition: Partition, num_sites: int) -> bool:
@@ -209,51 +216,6 @@ def cut(sites: Sequence[Items], num_classes: int, partition: Partition, seed: Se
         )
         for index in range(total)
     ]
-
-
-def corrupt(
-    sites: Sequence[Items], task: str, num_classes: int, corruption: Corruption, annotation: str, seed: Seed
-) -> list[Items]:
-    """Corrupt the training annotations of all sites; the clean ones go to each site's reference.
-
-    UserError when the corruption is for another task, or training would read another annotation.
-    """
-    key = {"segmentation": "mask"}.get(task, "label")
-    name = type(corruption).__name__
-    if task not in corruption.tasks:
-        raise UserError(f"data.corruption: {name} is for {', '.join(corruption.tasks)} files, this file is for {task}.")
-    for site in sites:
-        read = str(site.attrs.get("annotation", key)) if annotation == "auto" else annotation
-        if read != key or key not in site.arrays:
-            raise UserError(
-                f"data.corruption: {name} changes {key}, but site {site.name} would train on {read}. "
-                f"Set data.annotation={key} or leave the corruption out."
-            )
-    train = [site.splits["train"] for site in sites]
-    pooled = TrainPool(
-        images=np.concatenate([site.arrays["image"][rows] for site, rows in zip(sites, train, strict=True)]),
-        targets=np.concatenate([site.arrays[key][rows] for site, rows in zip(sites, train, strict=True)]),
-        client=np.repeat(np.arange(len(sites)), [len(rows) for rows in train]),
-        groups=np.concatenate([site.arrays["group_id"][rows] for site, rows in zip(sites, train, strict=True)]),
-        num_clients=len(sites),
-        num_classes=num_classes,
-        slices=np.concatenate([site.arrays["slice_no"][rows] for site, rows in zip(sites, train, strict=True)])
-        if all("slice_no" in site.arrays for site in sites)
-        else None,
-    )
-    result = corruption.apply(pooled, seed)
-    return [
-        _with_noise(site, key, result.targets[pooled.client == index], result.facts[index])
-        for index, site in enumerate(sites)
-    ]
-
-
-def _with_noise(site: Items, key: str, noisy: np.ndarray, facts: Mapping[str, Any]) -> Items:
-    clean = site.arrays[key]
-    target = clean.copy()
-    target[site.splits["train"]] = noisy
-    reference = {key: clean, **site.reference}  # a source that carries a cleaner reference keeps it
-    return dataclasses.replace(site, arrays={**site.arrays, key: target}, reference=reference, facts=dict(facts))
 
 
 def _central(sites: Sequence[Items]) -> Items | None:

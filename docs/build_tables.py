@@ -40,7 +40,7 @@ MEANING = {
     "`intensity`",
     "data.partition.name": "how training items are dealt to clients ([site-files.md](site-files.md)); `null`: as stored",
     "data.partition.args": "its arguments",
-    "data.corruption.name": "what is done to the training annotations; `null`: nothing",
+    "data.corruption.name": "what is done to training annotations, or to the images of some clients; `null`: nothing",
     "data.corruption.args": "its arguments",
     "data.cache_dir": "where phantoms and derived site files are kept; `null`: `$XDG_CACHE_HOME/fedmed`, else "
     "`~/.cache/fedmed`",

@@ -47,11 +47,14 @@ PARTITIONS: dict[str, str] = {
     "iid": "data_prep.partition:Iid",
     "dirichlet": "data_prep.partition:Dirichlet",
     "fednoro": "data_prep.partition:FedNoRoPartition",
+    "fedism": "data_prep.partition:FedISMPartition",
 }
 
 CORRUPTIONS: dict[str, str] = {
     "label_noise": "data_prep.corruption.label_noise:LabelNoise",
     "contour_noise": "data_prep.corruption.contour_noise:ContourNoise",
+    "image_quality": "data_prep.corruption.image_quality:ImageQuality",
+    "dropped_annotation": "data_prep.corruption.dropped_annotation:DroppedAnnotation",
 }
 
 # Applied before a run; lives in the methods layer, hence by name.

@@ -1,13 +1,15 @@
-"""Corruptions of training annotations. Each is a frozen dataclass of parameters with `apply(pool, seed) -> Corrupted`.
+"""Corruptions of training annotations and of images. Each is a frozen dataclass of parameters.
 
-A corruption sees the pooled training items of all clients and nothing else: validation and test annotations stay clean.
+A corruption of annotations has `apply(pool, seed) -> Corrupted`. It sees the pooled training items of all clients and
+nothing else: validation and test annotations stay clean. A corruption of images has `apply_images(sites, central, seed)
+-> Degraded`. It sees images only, those of all splits: a poor device is poor for every patient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -50,4 +52,36 @@ class Corruption(Protocol):
 
     def apply(self, pool: TrainPool, seed: Seed) -> Corrupted:
         """Corrupt the pool; all randomness comes from `seed`."""
+        ...
+
+
+@dataclass(frozen=True)
+class ImageStack:
+    """Images of a client, or the central ones: images (N, H, W[, C]) as stored; present (N, C) of 0/1, which channels an
+    image really has, None where the file does not say.
+    """
+
+    images: np.ndarray
+    present: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Degraded:
+    """What a corruption of images returns: per client its images, shaped and typed as they came, or None where they are
+    as they were, and one mapping of facts (as in `Corrupted`); central: the degraded central images, None without such.
+    """
+
+    images: tuple[np.ndarray | None, ...]
+    facts: tuple[Mapping[str, Any], ...]
+    central: np.ndarray | None = None
+
+
+@runtime_checkable
+class ImageCorruption(Protocol):
+    """A parametrised corruption of images; `tasks` are the kinds of site files it applies to."""
+
+    tasks: ClassVar[tuple[str, ...]]
+
+    def apply_images(self, sites: Sequence[ImageStack], central: ImageStack | None, seed: Seed) -> Degraded:
+        """Degrade images of some clients, and all of `central`; all randomness comes from `seed`."""
         ...

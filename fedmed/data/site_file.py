@@ -7,7 +7,7 @@ least one of mask, label, scribble, box; optional item_id, group_id, modality_pr
 (N,L) of 0/1, anything else per item. Attributes of a site: site_name, train_idx, val_idx, test_idx, optionally
 annotation (what "auto" reads) and label_kind (how that was made, e.g. "block"). Clean references lie under `reference/`
 in the group and are read by `read_truth` only. A group `central` may pool clean validation and test images of all
-sites.
+sites; groups `central_<name>` hold them again under other conditions (degraded, ...).
 """
 
 from __future__ import annotations
@@ -311,7 +311,7 @@ class SiteFile:
         return SiteInfo(group, name, count, *sizes)
 
     def _find(self, name: str) -> SiteInfo:
-        if (name == CENTRAL and self.central) or name.removeprefix(f"{CENTRAL}_") in self.conditions:
+        if (name == CENTRAL and self.central) or name in [f"{CENTRAL}_{key}" for key in self.conditions]:
             return self._info(name)
         for info in self.sites:
             if name in (info.name, info.group):

@@ -18,6 +18,8 @@ from fedmed.errors import UserError
 NO_STEP = StepConfig()
 FEDNORO = StepConfig("fednoro", {"num_clients": 5, "p_class": 0.9, "alpha": 2.0})
 LABELS = StepConfig("label_noise", {"kind": "instance"})
+FEDISM = StepConfig("fedism", {"num_clients": 4, "num_corrupted": 2})
+POOR = StepConfig("image_quality", {"kind": "contrast", "num_corrupted": 2})
 CONTOURS = StepConfig("contour_noise", {"mean_low": 2.0, "mean_high": 4.0, "std": 1.0, "num_shrinkers": 1})
 
 
@@ -143,6 +145,62 @@ def test_contours_after_resize(outlined, tmp_path):
     assert all(row["noise_rate"] == pytest.approx(1 - row["mean_dice"]) and row["sigma"] <= 1 for row in rows)
 
 
+def test_all_images_of_a_corrupted_client_are_degraded_and_nothing_else(labelled, tmp_path):
+    clean, poor = (derive(config(labelled, FEDISM, step), 1, tmp_path) for step in (NO_STEP, POOR))
+    with h5py.File(clean) as before, h5py.File(poor) as after:
+        for index in range(4):
+            old, new = before[f"site_0{index}"], after[f"site_0{index}"]
+            assert all(np.array_equal(old[key][:], new[key][:]) for key in old if key != "image")
+            changed = (old["image"][:] != new["image"][:]).reshape(len(old["image"]), -1).any(axis=1)
+            assert changed.all() if index >= 2 else not changed.any()  # train, val and test alike
+            assert ("image" in new["reference"]) == (index >= 2)
+            if index >= 2:
+                assert np.array_equal(new["reference/image"][:], old["image"][:])
+    truth = read_truth(poor)
+    assert [truth[f"client_0{index}"]["is_noisy"] for index in range(4)] == [False, False, True, True]
+    assert [row["severity"] for row in describe(poor)] == [0, 0, 3, 3]
+    assert all(0.02 < row["mean_abs_error"] < 0.5 for row in describe(poor)[2:])
+
+
+def test_central_items_exist_clean_and_degraded(labelled, tmp_path):
+    clean, poor = (derive(config(labelled, FEDISM, step), 1, tmp_path) for step in (NO_STEP, POOR))
+    with h5py.File(clean) as before, h5py.File(poor) as after, SiteFile.open(poor) as file:
+        assert file.conditions == ("corrupted",) and SiteFile.open(clean).conditions == ()
+        for key in before["central"]:
+            assert np.array_equal(before["central"][key][:], after["central"][key][:])
+        central, other = (file.site(name, allow_empty_train=True) for name in ("central", "central_corrupted"))
+        assert other.item_id == central.item_id and np.array_equal(other.target, central.target)
+        for split in ("train", "val", "test"):
+            assert np.array_equal(other.splits[split], central.splits[split])
+        assert (other.image != central.image).reshape(len(other.image), -1).any(axis=1).all()
+        assert "reference" not in after["central"] and "reference" not in after["central_corrupted"]
+        assert len(file.sites) == 4 and other.name == "central_corrupted"
+
+
+@pytest.mark.parametrize("source", ["labelled", "outlined"])
+def test_image_quality_fits_natural_sites_and_any_task(request, source, tmp_path):
+    step = StepConfig("image_quality", {"kind": "resolution", "num_corrupted": 1, "which": [0]})
+    path = derive(config(request.getfixturevalue(source), corruption=step), 0, tmp_path)
+    again = derive(config(path, StepConfig("iid", {"num_clients": 2}), step), 0, tmp_path)  # of a derived file
+    for file in (path, again):
+        assert [row["is_noisy"] for row in describe(file)] == [True, False]
+
+
+def test_empty_clients_and_a_source_without_central_items(labelled, tmp_path):
+    with h5py.File(labelled, "r+") as file:
+        for site in file.values():
+            site.attrs["train_idx"] = np.arange(2)
+            for split in ("val_idx", "test_idx"):
+                site.attrs[split] = np.arange(0)
+    partition = StepConfig("fedism", {"num_clients": 12, "num_corrupted": 6})
+    path = derive(config(labelled, partition, StepConfig("image_quality", {"num_corrupted": 6})), 0, tmp_path)
+    rows = describe(path)
+    assert len(rows) == 12 and any(row["n_train"] == 0 for row in rows[6:])
+    assert [row["is_noisy"] for row in rows] == [index >= 6 and row["n_train"] > 0 for index, row in enumerate(rows)]
+    with SiteFile.open(path) as file:
+        assert not file.central and file.conditions == ()
+
+
 def test_the_name_depends_on_content_recipe_and_seed_only(labelled, tmp_path):
     first = derive(config(labelled, FEDNORO, LABELS), 0, tmp_path)
     content = first.read_bytes()
@@ -208,6 +266,9 @@ def test_sites_that_annotate_other_classes_can_be_pooled(labelled, tmp_path):
         ("labelled", {"resize": 32}, r"1\.\.16"),
         ("labelled", {"partition": StepConfig("iid", {"seed": -1})}, "seed"),
         ("outlined", {"corruption": LABELS}, "classification"),
+        ("outlined", {"partition": FEDISM}, "no single class"),
+        ("labelled", {"corruption": StepConfig("image_quality", {"num_corrupted": 3})}, "num_corrupted <= 2"),
+        ("labelled", {"corruption": StepConfig("image_quality", {"kind": "blur"})}, "gaussian_blur"),
         ("outlined", {"partition": FEDNORO}, "no single class"),
         ("outlined", {"corruption": CONTOURS, "annotation": "scribble"}, "scribble"),
     ],
@@ -244,6 +305,11 @@ def test_label_protocol_examples(name, labelled, tmp_path):
     path = derive(data, 0, tmp_path)
     with SiteFile.open(path) as file:
         assert len(file.sites) == 12 and json.loads(json.dumps(file.recipe)) == file.recipe
+
+
+def test_image_quality_example(labelled, tmp_path):
+    data = load_config("data/image_quality", [f"data.path={labelled}"]).data
+    assert [row["severity"] for row in describe(derive(data, 0, tmp_path))] == [0] * 8 + [3] * 4
 
 
 @pytest.mark.parametrize(("name", "clients"), [("contour_bounded", 12), ("contour_official", 50)])
