@@ -1,14 +1,16 @@
 """Do the baselines do what they are for? Seeds, settings and signs below were written down before the first run.
 
-| method | seeds | claim |
-|--|--|--|
-| q-FedAvg | 0, 1 | losses of the received model over the sites, last 3 rounds: standard deviation / mean smaller with q = 2 than with q = 0, mean of the seeds |
-| agnostic | 0, 1 | without γ the new model is the reply of the site with the largest loss; with γ the final λ ranks the sites by their mean loss, Spearman > .5 |
-| FairFed | 0, 1 | weights by the formula in every round; Spearman of mean gap and (final weight − size share) < 0 |
-| FedGA | 0, 1 | weights by the formula in every round; Spearman of the sum of the normalised gaps and the final weight > 0 |
-| SCAFFOLD | 0, 1 | squared distance of the site models from their mean over that of the mean from the received model, last 3 of 10 rounds: smaller than without control variates |
-| FedNova | 0 | sites of 20 to 200 images: the largest weight of one step is within 15 % of 1/K, where FedAvg's is its size share |
-| Ditto | 0, 1 | site shift and case mix 2: accuracy of the personal models above the global one's, mean of sites and seeds, λ = .01; distance of personal from global model smaller with λ = 10 than with λ = .01 |
+- q-FedAvg, seeds 0 and 1: losses of the received model over the sites, last 3 rounds: standard deviation / mean smaller with
+  q = 2 than with q = 0, mean of the seeds.
+- Agnostic, seeds 0 and 1: without γ the new model is the reply of the site with the largest loss; with γ the final λ ranks the sites
+  by their mean loss, Spearman > .5.
+- FairFed, seeds 0 and 1: weights by the formula in every round; Spearman of mean gap and (final weight − size share) < 0.
+- FedGA, seeds 0 and 1: weights by the formula in every round; Spearman of the sum of the normalised gaps and the final weight > 0.
+- SCAFFOLD, seeds 0 and 1: squared distance of the site models from their mean over that of the mean from the received model, last 3 of
+  10 rounds: smaller than without control variates.
+- FedNova, seed 0: sites of 20 to 200 images: the largest weight of one step is within 15 % of 1/K, where FedAvg's is its size share.
+- Ditto, seeds 0 and 1, site shift and case mix 2: accuracy of the personal models above the global one's, mean of sites and seeds,
+  λ = .01; distance of personal from global model smaller with λ = 10 than with λ = .01.
 
 Phantom of 32 pixels a side. Arms that are compared share loss, initial weights and data order.
 """
