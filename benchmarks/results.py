@@ -3,21 +3,29 @@
     python benchmarks/results.py fednoro --data ham10000_cls.h5 --seeds 5 --jobs 2 --out results/fednoro
 
 Each (setting, arm, seed) is one ordinary run folder below --out; a finished one is not run again, so the command can be stopped and repeated.
-The value of a run is the mean over its last rounds on the pooled clean test items.
+The value of a run is the mean over its last rounds on the pooled test items, clean unless the metric names a condition.
+
+A comparison file says: base and overrides of all runs; arms (name -> overrides, the first is the baseline); settings (title, overrides, and if
+wanted seeds, arms, and `against`: the setting whose baseline is used); metrics ("bacc", "test-corrupted/bacc", "mean:bacc", "gap:bacc");
+last_rounds; findings (names of FINDINGS below, default [noisy]).
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedmed.files import read_history, read_json
+from fedmed.report.fairness import balance, condition_keys
+from fedmed.report.values import mean, of_phase, train_examples
 
 
 def load_comparison(name: str) -> dict[str, Any]:
@@ -53,61 +61,200 @@ def run_one(base: str, words: list[str]) -> float:
     return float(run(config)["seconds"])
 
 
-def value_of(folder: Path, metric: str, last: int) -> float:
-    """Mean of a metric over the last rounds of a run, on the pooled clean test items."""
-    values = [r["metrics"].get(f"test/global/{metric}") for r in read_history(folder) if r["phase"] == "central"]
-    known = [v for v in values[-last:] if v is not None]
+def full_name(metric: str) -> str:
+    """The name a metric has in the history: "bacc" -> "test/global/bacc", "test-corrupted/bacc" -> "test-corrupted/global/bacc"."""
+    split, _, name = metric.rpartition("/")
+    return f"{split or 'test'}/global/{name}"
+
+
+def tail_mean(records: list[dict[str, Any]], key: str, last: int) -> float:
+    """Mean of a metric over the last evaluations, undefined ones left out."""
+    known = [v for v in [r["metrics"].get(key) for r in records][-last:] if v is not None]
     return statistics.fmean(known) if known else float("nan")
 
 
+def value_of(folder: Path, metric: str, last: int) -> float:
+    """One value of a run: the mean of a metric over its last rounds, on the pooled test items.
+
+    "bacc" is that of the clean items, "test-corrupted/bacc" of the items under a condition; "mean:bacc" and "gap:bacc" are mean over and gap
+    between clean items and all conditions, after averaging over rounds.
+    """
+    records = [r for r in read_history(folder) if r["phase"] == "central"]
+    kind, _, name = metric.rpartition(":")
+    if not kind:
+        return tail_mean(records, full_name(metric), last)
+    keys = condition_keys((key for r in records for key in r["metrics"]), name)
+    middle, gap = balance({condition: tail_mean(records, key, last) for condition, key in keys.items()})
+    return {"mean": middle, "gap": gap}[kind]
+
+
 def spread(values: list[float]) -> str:
-    """mean ± sample standard deviation."""
-    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.3f}"
+    """mean ± sample standard deviation of the defined values, and how many there are if some are not."""
+    known = [v for v in values if not math.isnan(v)]
+    if not known:
+        return "–"
+    text = f"{statistics.fmean(known):.3f} ± {statistics.stdev(known) if len(known) > 1 else 0.0:.3f}"
+    return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)})"
+
+
+Values = dict[str, dict[str, list[float]]]  # arm -> metric -> one value a seed
 
 
 def tables(comparison: dict[str, Any], keys: list[tuple[str, str, int]], out: Path) -> str:
-    """The Markdown tables of all settings."""
+    """The Markdown tables of all settings. The first arm of the comparison is the baseline of every table."""
     metrics, last = comparison["metrics"], comparison["last_rounds"]
-    arms = list(comparison["arms"])
+    base, *others = comparison["arms"]
+    found = [FINDINGS[name] for name in comparison.get("findings", ["noisy"])]
     text = []
     for setting, content in comparison["settings"].items():
         seeds = sorted({seed for s, _, seed in keys if s == setting})
-        rows = {}
+        arms = [base, *(arm for arm in others if arm in content.get("arms", others))]
+        folders = {}
         for arm in arms:
             where = setting if (setting, arm, 0) in keys else content.get("against", setting)
-            rows[arm] = {m: [value_of(out / where / f"{arm}-{seed}", m, last) for seed in seeds] for m in metrics}
-        text += [
-            f"### {content['title']}",
-            "",
-            "| arm | " + " | ".join(metrics) + " |",
-            "|---|" + "---|" * len(metrics),
-        ]
-        text += ["| " + " | ".join([arm, *(spread(rows[arm][m]) for m in metrics)]) + " |" for arm in arms]
-        pairs = {m: [b - a for a, b in zip(rows[arms[0]][m], rows[arms[1]][m], strict=True)] for m in metrics}
-        text += ["| difference | " + " | ".join(spread(pairs[m]) for m in metrics) + " |", ""]
-        text += [
-            "| seed | " + " | ".join(f"Δ {m}" for m in metrics) + " | precision | recall | groups | largest weight |",
-            "|---|" + "---|" * (len(metrics) + 4),
-        ]
-        for i, seed in enumerate(seeds):
-            text.append(
-                f"| {seed} | "
-                + " | ".join(f"{pairs[m][i]:+.3f}" for m in metrics)
-                + " | "
-                + " | ".join(findings(out / setting / f"{arms[1]}-{seed}"))
-                + " |"
-            )
-        text.append("")
+            folders[arm] = [out / where / f"{arm}-{seed}" for seed in seeds]
+        values = {arm: {m: [value_of(f, m, last) for f in folders[arm]] for m in metrics} for arm in arms}
+        gains = {
+            arm: {m: [b - a for a, b in zip(values[base][m], values[arm][m], strict=True)] for m in metrics}
+            for arm in arms[1:]
+        }
+        text += [f"### {content['title']}", "", *arm_rows(values, gains), ""]
+        text += [*seed_rows(seeds, gains, folders, found), ""]
     return "\n".join(text)
 
 
-def findings(folder: Path) -> list[str]:
-    """Precision and recall of the sites believed noisy, group sizes and the largest weight, as table cells."""
+def arm_rows(values: Values, gains: Values) -> list[str]:
+    """One row per arm, then one per difference from the baseline, paired by seed."""
+    metrics = list(next(iter(values.values())))
+    label = "difference" if len(gains) == 1 else "difference, {}"
+    shown = {**values, **{label.format(arm): gain for arm, gain in gains.items()}}
+    rows = [[name, *(spread(row[m]) for m in metrics)] for name, row in shown.items()]
+    return ["| arm | " + " | ".join(metrics) + " |", "|---|" + "---|" * len(metrics), *map(line, rows)]
+
+
+def seed_rows(seeds: list[int], gains: Values, folders: dict[str, list[Path]], found: list[Finding]) -> list[str]:
+    """Difference from the baseline and findings, one row per seed; with several arms they are named."""
+    named = ["arm"] if len(gains) > 1 else []
+    metrics = [f"Δ {m}" for m in next(iter(gains.values()), {})]
+    header = [*named, "seed", *metrics, *(name for finding in found for name in finding.columns)]
+    rows = []
+    for arm, gain in gains.items():
+        for i, seed in enumerate(seeds):
+            cells = [cell for finding in found for cell in finding.cells(folders[arm][i])]
+            rows.append([*([arm] if named else []), str(seed), *(signed(row[i]) for row in gain.values()), *cells])
+    return [line(header), "|" + "---|" * len(header), *map(line, rows)]
+
+
+def line(cells: list[str]) -> str:
+    """One row of a Markdown table."""
+    return "| " + " | ".join(cells) + " |"
+
+
+# ---------------------------------------------------------------------- findings: what a method saw, beside the truth
+
+
+class Finding(NamedTuple):
+    """Columns of the table per seed, and how their cells come out of a run folder."""
+
+    columns: tuple[str, ...]
+    cells: Callable[[Path], list[str]]
+
+
+def shown(value: float | None) -> str:
+    """A number with two digits, a dash where there is none."""
+    return "–" if value is None or math.isnan(value) else f"{value:.2f}"
+
+
+def signed(value: float) -> str:
+    """A difference with its sign and three digits, a dash where there is none."""
+    return "–" if math.isnan(value) else f"{value:+.3f}"
+
+
+def of_run(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Notes of a run, and truth by site."""
     summary = read_json(folder / "summary.json")
-    noisy, notes = summary["noisy_sites"], summary["notes"]
-    shown = ["–" if noisy[k] is None else f"{noisy[k]:.2f}" for k in ("precision", "recall")]
+    return summary["notes"], summary.get("truth", {})
+
+
+def noted(folder: Path, key: str) -> dict[str, float]:
+    """A note that has one number per site; undefined ones left out."""
+    return {site: float(v) for site, v in of_run(folder)[0].get(key, {}).items() if v is not None}
+
+
+def share_of(values: dict[str, float], sites: set[str]) -> float:
+    """The part of a sum that comes from some sites; NaN when it is 0."""
+    total = math.fsum(values.values())
+    return math.fsum(v for site, v in values.items() if site in sites) / total if total else math.nan
+
+
+def ranks(values: list[float]) -> list[float]:
+    """Ranks from 0, equal values share the mean of theirs."""
+    return [sum(v < w for v in values) + (sum(v == w for v in values) - 1) / 2 for w in values]
+
+
+def rank_correlation(first: list[float], second: list[float]) -> float:
+    """Spearman's correlation; NaN for fewer than two pairs, or where one side is constant."""
+    if min(len(set(first)), len(set(second))) < 2:
+        return math.nan
+    return statistics.correlation(ranks(first), ranks(second))
+
+
+def noisy(folder: Path) -> list[str]:
+    """Precision and recall of the sites believed noisy, group sizes and the largest weight."""
+    summary = read_json(folder / "summary.json")
+    judged, notes = summary["noisy_sites"], summary["notes"]
     groups = ", ".join(f"{v} {k}" for k, v in sorted(notes.get("groups", {}).items()) if v)
-    return [*shown, groups or "–", f"{notes['largest_weight']:.2f}" if "largest_weight" in notes else "–"]
+    return [shown(judged["precision"]), shown(judged["recall"]), groups or "–", shown(notes.get("largest_weight"))]
+
+
+def weight_on_corrupted(folder: Path) -> list[str]:
+    """Weight of the last round on the truly corrupted sites, and what they would have by their number of examples."""
+    corrupted = {site for site, info in of_run(folder)[1].items() if info.get("is_noisy")}
+    examples = {site: float(n) for site, n in train_examples(read_history(folder)).items()}
+    return [shown(share_of(noted(folder, "weights"), corrupted)), shown(share_of(examples, corrupted))]
+
+
+def sharpness_ratio(folder: Path) -> list[str]:
+    """Mean sharpness of the corrupted sites over that of the clean ones, in the last round."""
+    truth, sharpness = of_run(folder)[1], noted(folder, "sharpness")
+    means = [
+        mean(v for site, v in sharpness.items() if truth.get(site, {}).get("is_noisy") == state)
+        for state in (True, False)
+    ]
+    return [shown(means[0] / means[1] if means[1] else None)]
+
+
+def worst_site(folder: Path) -> list[str]:
+    """Value and name of the worst site in the last evaluation."""
+    sites = read_json(folder / "summary.json").get("fairness", {}).get("sites", {})
+    return ["–" if sites.get("worst_site") is None else f"{shown(sites['worst'])} ({sites['worst_site']})"]
+
+
+def completeness_rank(folder: Path) -> list[str]:
+    """Rank correlation between estimated and true completeness of the sites' annotations."""
+    truth, estimated = of_run(folder)[1], noted(folder, "completeness")
+    pairs = [(v, truth[site]["completeness"]) for site, v in estimated.items() if "completeness" in truth.get(site, {})]
+    return [shown(rank_correlation([a for a, _ in pairs], [b for _, b in pairs]))]
+
+
+def corrected(folder: Path) -> list[str]:
+    """Sites that changed pixels of their masks, and how many pixels: the sites report what they have changed so far."""
+    changed: dict[str, int] = {}
+    for record in of_phase(read_history(folder), "train"):
+        site, pixels = str(record["site"]), record["metrics"].get("n_corrected_pixels") or 0
+        changed[site] = max(changed.get(site, 0), int(pixels))
+    counts = [n for n in changed.values() if n]
+    return [str(len(counts)), str(sum(counts))]
+
+
+FINDINGS = {
+    "noisy": Finding(("precision", "recall", "groups", "largest weight"), noisy),
+    "weight_on_corrupted": Finding(("weight on corrupted", "their share of examples"), weight_on_corrupted),
+    "sharpness_ratio": Finding(("sharpness corrupted / clean",), sharpness_ratio),
+    "worst_site": Finding(("worst site",), worst_site),
+    "completeness_rank": Finding(("rank correlation of completeness",), completeness_rank),
+    "corrected": Finding(("sites that corrected", "pixels"), corrected),
+}
 
 
 def main() -> int:

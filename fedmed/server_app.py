@@ -303,26 +303,37 @@ def _whole(model: nn.Module, exchanged: State) -> State:
 def _central_scorer(
     config: Config, data_path: Path | None, model: nn.Module, layout: Layout, activation: str, cls: type[Client]
 ) -> Scorer | None:
-    """A function that scores the global view on items the coordinator holds, or None if there are none."""
+    """A function that scores the global view on items the coordinator holds, or None if there are none.
+
+    Beside the clean items of a derived file come its conditions (groups `central_<condition>`), loaded once like these.
+    """
     choice = config.evaluation.central
     if choice == "none" or "global" not in cls.views:
         return None
     path, group = (data_path, "central") if choice == "auto" else (Path(choice), None)
     if path is None:
         return None
+    how = config.data.annotation, config.data.mean, config.data.std
     with SiteFile.open(path) as file:
         if group is not None and not file.central:
             return None
-        name = group or file.sites[0].name
-        data = file.site(name, config.data.annotation, config.data.mean, config.data.std, allow_empty_train=True)
+        data = {"": file.site(group or file.sites[0].name, *how, allow_empty_train=True)}
+        if group is not None:
+            data |= {name: file.site(f"{group}_{name}", *how, allow_empty_train=True) for name in file.conditions}
     device = choose_device(config.engine.device)
-    scored_model, _ = make_model(config, data.task, len(data.classes), len(data.channels), data.image_size)
-    env = Env(config, data, scored_model.to(device), layout, device, activation, "central")
+    clean = data[""]
+    # One network for all conditions; each score loads the state anew.
+    scored_model, _ = make_model(config, clean.task, len(clean.classes), len(clean.channels), clean.image_size)
+    scored_model.to(device)
+    places = {name: Env(config, d, scored_model, layout, device, activation, "central") for name, d in data.items()}
 
     def scorer(state: State, last: bool) -> dict[str, float]:
-        """Score one global state."""
-        client = cls(env, Moment(), {})
-        client.received = state
-        return score_view(client, "global", hd95=config.evaluation.hd95 and last)[0]
+        """Score one global state, on the clean items first."""
+        metrics: dict[str, float] = {}
+        for condition, env in places.items():
+            client = cls(env, Moment(), {})
+            client.received = state
+            metrics |= score_view(client, "global", hd95=config.evaluation.hd95 and last, condition=condition)[0]
+        return metrics
 
     return scorer

@@ -61,21 +61,26 @@ def score(client: Client, split_name: str, view: str, *, hd95: bool = False) -> 
     return Scored(summarise(task, joined[0], joined[1], cases, classes) if cases else {}, cases, overlay)
 
 
-def score_view(client: Client, view: str, *, hd95: bool = False) -> tuple[dict[str, Any], list[Scored]]:
+def score_view(
+    client: Client, view: str, *, hd95: bool = False, condition: str = ""
+) -> tuple[dict[str, Any], list[Scored]]:
     """Load a view and score it on the test split, and on the validation split where a round is chosen by it.
 
     Out: `n/<split>` and `<split>/<view>/<metric>` as they are reported, and the details of each split that has items.
+    Data under a `condition` (a degraded copy, ...) are scored on their test items alone, named `test-<condition>`:
+    nothing is chosen or judged by them.
     """
     client.load_view(view)
     metrics: dict[str, Any] = {}
     details: list[Scored] = []
-    for split in ("val", "test") if client.config.evaluation.select else ("test",):
+    for split in ("val", "test") if client.config.evaluation.select and not condition else ("test",):
+        name = f"{split}-{condition}" if condition else split
         count = client.data.num_examples(split)
-        metrics[f"n/{split}"] = count
+        metrics[f"n/{name}"] = count
         if count:
             scored = score(client, split, view, hd95=hd95)
             details.append(scored)
-            metrics.update({f"{split}/{view}/{name}": value for name, value in scored.metrics.items()})
+            metrics.update({f"{name}/{view}/{metric}": value for metric, value in scored.metrics.items()})
     return metrics, details
 
 

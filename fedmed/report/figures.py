@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedmed.report.summary import Record, curve, mean_curve, number
+from fedmed.report.fairness import CLEAN, condition_keys
+from fedmed.report.values import Record, curve, mean_curve, number, of_phase
 from fedmed.schema import lower_is_better
 
 if TYPE_CHECKING:
@@ -25,7 +26,14 @@ NO_MATPLOTLIB = "note: no figures, matplotlib is not installed (pip install 'fed
 # Okabe-Ito without black and yellow: told apart with any colour vision, and on white paper. Black is the mean.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#7F7F7F")
 _STYLES = ("-", "--", ":")
+_CONDITION_STYLES = (
+    (0, (1, 1)),
+    (0, (5, 1, 1, 1)),
+    (0, (3, 1, 1, 1, 1, 1)),
+    (0, (8, 2)),
+)  # central test items, degraded
 _MAX_NAMED = len(_COLOURS) * len(_STYLES)  # sites that get a line and a legend entry of their own
+_MEAN, _CENTRAL = "mean of sites", "central test"  # entries of the legend that come first
 _MARK_UP_TO = 30  # rounds up to which points are marked
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -83,6 +91,15 @@ def _final(line: Mapping[int, float]) -> float:
     return kept[-1] if kept else math.nan
 
 
+def _central_lines(history: Sequence[Record], key: str) -> dict[str, dict[int, float]]:
+    """Curves of `key` on the central test set, "clean" first, and on the same items under each condition."""
+    names = (name for r in of_phase(history, "central") for name in r.get("metrics", {}))
+    keys = condition_keys(names, key.rpartition("/")[2])
+    keys = keys if keys.get(CLEAN) == key else {CLEAN: key}  # conditions belong to the clean items of the same view
+    lines = {name: curve(history, full, "central").get("central", {}) for name, full in keys.items()}
+    return {name: line for name, line in lines.items() if line}
+
+
 def _extremes(lines: Mapping[str, Mapping[int, float]]) -> dict[str, dict[str, Any]]:
     """Styles and labels for the two sites with the lowest and the highest last value; empty when nothing is defined."""
     ends = {site: value for site, value in ((s, _final(line)) for s, line in lines.items()) if not math.isnan(value)}
@@ -96,12 +113,11 @@ def _extremes(lines: Mapping[str, Mapping[int, float]]) -> dict[str, dict[str, A
 
 
 def _draw_sites(
-    axes: Axes, lines: Mapping[str, Mapping[int, float]], styles: Mapping[str, Mapping[str, Any]], metric: str
+    axes: Axes, sites: Mapping[str, Mapping[int, float]], styles: Mapping[str, Mapping[str, Any]], metric: str
 ) -> None:
     """Draw one thin line per site, in grey where it has no style of its own, and the mean on top."""
     from matplotlib.ticker import MaxNLocator
 
-    sites = {s: line for s, line in lines.items() if s != "central"}
     for site in sorted(sites, key=lambda s: s in styles):  # grey ones below
         if site in styles:
             _draw(axes, sites[site], linewidth=1.2, alpha=0.9, **styles[site])
@@ -109,12 +125,22 @@ def _draw_sites(
             rounds = sorted(sites[site])
             axes.plot(rounds, [sites[site][r] for r in rounds], color="#BBBBBB", linewidth=0.6)
     if len(sites) > 1:
-        _draw(axes, mean_curve(sites), label="mean of sites", linewidth=2.2, color="black")
-    if "central" in lines:
-        _draw(axes, lines["central"], label="central test", linewidth=1.6, color="black", linestyle="--", marker="")
+        _draw(axes, mean_curve(sites), label=_MEAN, linewidth=2.2, color="black")
     axes.set_xlabel("round")
     axes.set_title(metric + (" (lower is better)" if lower_is_better(metric) else ""), loc="left")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _draw_central(axes: Axes, lines: Mapping[str, Mapping[int, float]]) -> None:
+    """Draw the central test set as a dashed line, and its conditions with shorter dashes."""
+    degraded = [name for name in lines if name != CLEAN]
+    for name, line in lines.items():
+        if name == CLEAN:
+            style: dict[str, Any] = {"label": _CENTRAL, "linestyle": "--"}
+        else:
+            dashes = _CONDITION_STYLES[degraded.index(name) % len(_CONDITION_STYLES)]
+            style = {"label": f"{_CENTRAL}, {name}", "linestyle": dashes}
+        _draw(axes, line, linewidth=1.6, color="black", marker="", **style)
 
 
 def _legend_outside(figure: Figure, axes_list: Sequence[Axes]) -> None:
@@ -123,7 +149,7 @@ def _legend_outside(figure: Figure, axes_list: Sequence[Axes]) -> None:
     for axes in axes_list:
         handles, labels = axes.get_legend_handles_labels()
         entries.update({label: handle for handle, label in zip(handles, labels, strict=True) if label not in entries})
-    ordered = sorted(entries, key=lambda label: (label not in ("mean of sites", "central test"),))
+    ordered = sorted(entries, key=lambda label: not (label == _MEAN or label.startswith(_CENTRAL)))
     columns = 1 + (len(ordered) - 1) // 16 if ordered else 1
     if ordered:
         figure.legend(
@@ -142,25 +168,28 @@ def plot_curves(history: Sequence[Record], path: Path, key: str | None, title: s
     """Draw training loss and metric `key` ("test/global/dice") per site over rounds; None when there is nothing to
     draw.
 
-    The mean over sites is the heavy black line, the central test set the dashed one. Needs matplotlib.
+    The mean over sites is the heavy black line, the central test set the dashed one, with shorter dashes under each
+    condition. Needs matplotlib.
     """
     import matplotlib as mpl
 
-    panels = [("training loss", curve(history, "train_loss", "train"))]
+    panels: list[tuple[str, dict[str, dict[int, float]], dict[str, dict[int, float]]]] = []
+    panels.append(("training loss", curve(history, "train_loss", "train"), {}))
     if key is not None:
-        panels.append((key, {**curve(history, key), **curve(history, key, "central")}))
-    panels = [(name, lines) for name, lines in panels if any(lines.values())]
+        panels.append((key, curve(history, key), _central_lines(history, key)))
+    panels = [(name, lines, central) for name, lines, central in panels if any(lines.values()) or central]
     if not panels:
         return None
     # One set of names for all panels, else the same site would change its colour.
-    sites = sorted({s for _, lines in panels for s in lines if s != "central"})
+    sites = sorted({s for _, lines, _ in panels for s in lines})
     styles = site_styles(sites)
     if len(sites) > _MAX_NAMED:
-        styles = _extremes({s: line for s, line in panels[-1][1].items() if s != "central"})
+        styles = _extremes(panels[-1][1])
     with mpl.rc_context(_STYLE):
         figure, axes_list = _new_figure(4.4 * len(panels), 3.4, len(panels))
-        for axes, (name, lines) in zip(axes_list, panels, strict=True):
+        for axes, (name, lines, central) in zip(axes_list, panels, strict=True):
             _draw_sites(axes, lines, styles, name)
+            _draw_central(axes, central)
         _legend_outside(figure, axes_list)
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
@@ -177,20 +206,27 @@ def _draw_arm(axes: Axes, lines: Mapping[str, Mapping[int, float]], arm: str, co
     axes.fill_between(rounds, low, high, color=colour, alpha=0.13, linewidth=0)
 
 
+def _central_title(conditions: Sequence[str]) -> str:
+    """Title of the central panel, which says what its broken lines are."""
+    words = [f"{('dashed', 'dotted')[i % 2]}: {name}" for i, name in enumerate(conditions)]
+    return "central test set" + (f" ({', '.join(words)})" if words else "")
+
+
 def plot_comparison(histories: Mapping[str, Sequence[Record]], path: Path, key: str, title: str = "") -> Path | None:
     """Compare arms on metric `key` over rounds; None when no arm has it.
 
-    Left the mean over sites with the band from worst to best site, right the central test set if there is one. Needs
-    matplotlib.
+    Left the mean over sites with the band from worst to best site, right the central test set if there is one, with
+    broken lines for the same items under conditions: the distance to the full line is the gap. Needs matplotlib.
     """
     import matplotlib as mpl
     from matplotlib.ticker import MaxNLocator
 
     per_site = {arm: curve(history, key) for arm, history in histories.items()}
-    central = {arm: curve(history, key, "central").get("central", {}) for arm, history in histories.items()}
+    central = {arm: _central_lines(history, key) for arm, history in histories.items()}
+    conditions = sorted({name for lines in central.values() for name in lines} - {CLEAN})
     panels = {
         "mean of sites (band: worst to best site)": any(per_site.values()),
-        "central test set": any(central.values()),
+        _central_title(conditions): any(central.values()),
     }
     titles = [name for name, there in panels.items() if there]
     if not titles:
@@ -200,8 +236,11 @@ def plot_comparison(histories: Mapping[str, Sequence[Record]], path: Path, key: 
         for axes, name in zip(axes_list, titles, strict=True):
             for index, arm in enumerate(histories):
                 colour = _COLOURS[index % len(_COLOURS)]
-                if name == "central test set":
-                    _draw(axes, central[arm], label=arm, color=colour, linewidth=2.0)
+                if name.startswith("central"):
+                    _draw(axes, central[arm].get(CLEAN, {}), label=arm, color=colour, linewidth=2.0)
+                    for place, condition in enumerate(conditions):
+                        style = {"linestyle": ("--", ":")[place % 2], "marker": "", "linewidth": 1.6}
+                        _draw(axes, central[arm].get(condition, {}), color=colour, **style)
                 else:
                     _draw_arm(axes, per_site[arm], arm, colour)
             axes.set_xlabel("round")

@@ -1,7 +1,7 @@
 """From the records of a run to its numbers: which metric judges it, per-site results, spread, central results, noisy
 sites found.
 
-Undefined values stay NaN here and become null when written; a mean leaves them out and is NaN when nothing is left.
+Undefined values stay NaN here and become null when written.
 """
 
 from __future__ import annotations
@@ -12,43 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from fedmed.files import read_history
+from fedmed.report.fairness import fairness, is_condition
+from fedmed.report.values import Record, curve, mean, mean_curve, number, of_phase, spread, train_examples, worst
 from fedmed.schema import lower_is_better
-
-Record = Mapping[str, Any]
 
 # The metric a task is judged by, most telling first, for runs that do not say.
 _MAIN_METRICS = ("dice", "bacc", "auc", "map", "acc", "f1")
 _PACKAGES = ("fedmed", "flwr", "torch", "monai", "numpy", "ray")
-
-
-def number(value: Any) -> float:
-    """Give a metric as float; None (how JSON carries NaN) and anything that is no number give NaN."""
-    return float(value) if isinstance(value, (int, float)) else math.nan
-
-
-def mean(values: Iterable[float]) -> float:
-    """Mean of the defined values; NaN when there are none."""
-    kept = [v for v in values if not math.isnan(v)]
-    return math.fsum(kept) / len(kept) if kept else math.nan
-
-
-def worst(metric: str, values: Iterable[float]) -> float:
-    """The worst defined value: smallest, or largest for distances and losses; NaN when there are none."""
-    kept = [v for v in values if not math.isnan(v)]
-    if not kept:
-        return math.nan
-    return max(kept) if lower_is_better(metric) else min(kept)
-
-
-def spread(values: Iterable[float]) -> float:
-    """Best minus worst defined value, as a distance >= 0; NaN when there are none."""
-    kept = [v for v in values if not math.isnan(v)]
-    return max(kept) - min(kept) if kept else math.nan
-
-
-def of_phase(history: Iterable[Record], phase: str) -> list[Record]:
-    """Records of one phase that carry a result."""
-    return [r for r in history if r.get("phase") == phase and r.get("status", "ok") == "ok"]
 
 
 def infer_main_metric(history: Sequence[Record]) -> str | None:
@@ -73,41 +43,13 @@ def judged_prefix(history: Sequence[Record], metric: str | None) -> str | None:
                 prefix, _, name = key.rpartition("/")
                 if prefix and (metric is None or name == metric):
                     prefixes.setdefault(prefix)
-    return next(
-        (p for split in ("test", "val") for p in prefixes if p.split("/")[0] == split), next(iter(prefixes), None)
-    )
+    plain = [p for p in prefixes if not is_condition(p)]  # degraded items never judge a run
+    return next((p for split in ("test", "val") for p in plain if p.split("/")[0] == split), next(iter(plain), None))
 
 
 def site_names(history: Iterable[Record]) -> list[str]:
     """All sites that occur in the records, sorted."""
     return sorted({str(r["site"]) for r in history if r.get("site") is not None})
-
-
-def curve(history: Iterable[Record], key: str, phase: str = "evaluate") -> dict[str, dict[int, float]]:
-    """Give the values of one metric as site -> {round: value}; records without a site are filed under "central". Later
-    records win.
-    """
-    lines: dict[str, dict[int, float]] = {}
-    for record in of_phase(history, phase):
-        if key in record.get("metrics", {}):
-            site = "central" if record.get("site") is None else str(record["site"])
-            lines.setdefault(site, {})[int(record["round"])] = number(record["metrics"][key])
-    return lines
-
-
-def mean_curve(lines: Mapping[str, Mapping[int, float]]) -> dict[int, float]:
-    """Mean over the sites, round by round, of what `curve` gives."""
-    rounds = sorted({r for line in lines.values() for r in line})
-    return {r: mean(line[r] for line in lines.values() if r in line) for r in rounds}
-
-
-def tail(history: Sequence[Record], key: str, phase: str, last: int = 3) -> list[float]:
-    """Values of metric `key` in the last evaluations, oldest first: of the central test set, or the means over sites.
-
-    `phase` is "central" or "evaluate". Shorter than `last` when there were fewer evaluations.
-    """
-    means = mean_curve(curve(history, key, phase))
-    return [means[r] for r in sorted(means)][-last:]
 
 
 def select_round(history: Sequence[Record], select: str | None) -> int | None:
@@ -224,7 +166,8 @@ def build_summary(
     metric = main_metric or infer_main_metric(history)
     prefix = judged_prefix(history, metric)
     sites = site_results(history, prefix)
-    values = [number(result.get(metric or "")) for result in sites.values()]
+    scores = {site: number(result.get(metric or "")) for site, result in sites.items()}
+    values = list(scores.values())
     notes: dict[str, Any] = {}
     for record in of_phase(history, "server"):
         notes.update(record.get("metrics", {}))
@@ -242,7 +185,9 @@ def build_summary(
         "worst": worst(metric or "", values),
         "spread": spread(values),
         "central": _central(history, config.evaluation.select),
+        "fairness": fairness(history, metric, scores, truth),
         "notes": notes,
+        "examples": train_examples(history),
         "truth": {site: dict(info) for site, info in truth.items()},
         "noisy_sites": noisy_sites(notes, truth),
         "failures": failures(history),

@@ -9,7 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedmed.report.summary import mean, number, spread, tail, worst
+from fedmed.report.fairness import CLEAN, CORRUPTED, balance
+from fedmed.report.values import mean, number, spread, tail, worst
 from fedmed.schema import lower_is_better
 
 Rows = list[list[str]]
@@ -140,13 +141,76 @@ def facts(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _conditions(summary: Mapping[str, Any]) -> list[str]:
+    """Names of the conditions the central items were scored under, without the clean one; [] for summaries of old."""
+    return [name for name in summary.get("fairness", {}).get("by_condition", {}) if name != CLEAN]
+
+
+def fairness_table(summary: Mapping[str, Any]) -> tuple[list[str], Rows]:
+    """Give header and rows on clean and degraded test items, and on sites with clean and corrupted training data.
+
+    No rows when there is nothing to show: no condition was scored, and no truth that has both kinds of sites.
+    """
+    found = summary.get("fairness", {})
+    groups = {name: number(v) for name, v in found.get("sites", {}).get("by_group", {}).items()}
+    grouped = bool(groups) and not any(math.isnan(v) for v in groups.values())
+    rows: list[tuple[str, Mapping[str, Any], Any, Any]] = []
+    if _conditions(summary):
+        later = found["tail"]
+        rows.append(("central test, last round", found["by_condition"], found["mean"], found["gap"]))
+        if later["last_rounds"] > 1:
+            label = f"central test, last {later['last_rounds']} evaluations"
+            rows.append((label, later["by_condition"], later["mean"], later["gap"]))
+    if grouped:
+        rows.append(("sites, by their training data", groups, *balance(groups)))
+    columns = list(dict.fromkeys([CLEAN, *_conditions(summary), *([CORRUPTED] if grouped else [])]))
+    header = [f"fairness ({summary.get('main_metric')})", *columns, "mean", "gap"]
+    return header, [
+        [label, *(show(number(values.get(c))) for c in columns), show(number(middle)), show(number(gap))]
+        for label, values, middle, gap in rows
+    ]
+
+
+def worst_site(summary: Mapping[str, Any]) -> str:
+    """Name and value of the worst site, and whether its training data are corrupted; "-" without one."""
+    sites = summary.get("fairness", {}).get("sites", {})
+    name = sites.get("worst_site")
+    if name is None:
+        return "-"
+    corrupted = bool(summary.get("truth", {}).get(name, {}).get("is_noisy"))
+    return f"{name} ({show(number(sites['worst']))}{', ' + CORRUPTED if corrupted else ''})"
+
+
+def weight_table(summary: Mapping[str, Any]) -> tuple[list[str], Rows]:
+    """Give header and rows of the weights in the last round beside the shares of the training items; no rows without
+    weights in the notes.
+    """
+    weights = summary.get("notes", {}).get("weights")
+    header = ["site", "weight", "share of items", "noisy"]
+    if not isinstance(weights, Mapping):
+        return header, []
+    examples = {site: number(n) for site, n in summary.get("examples", {}).items()}
+    total = math.fsum(examples.values())
+    truth = summary.get("truth", {})
+    rows: Rows = []
+    for site, weight in weights.items():
+        share = examples.get(site, math.nan) / total if total else math.nan
+        mark = "true" if truth.get(site, {}).get("is_noisy") else ""
+        rows.append([str(site), show(number(weight)), show(share), mark])
+    return header, rows
+
+
 def render(summary: Mapping[str, Any]) -> str:
-    """Give the closing text of a run for the terminal: per-site table and the facts under it."""
+    """Give the closing text of a run for the terminal: per-site table, the facts under it, and fairness."""
     if not summary["sites"]:
         return "\n".join(["no site took part", *facts(summary)])
     header, rows, num_sites = site_table(summary)
     judged = f" ({summary['judged_by']})" if summary.get("judged_by") else ""
-    return "\n".join([f"{summary['name']}{judged}", text_table(header, rows, rules=(num_sites,)), *facts(summary)])
+    parts = [f"{summary['name']}{judged}", text_table(header, rows, rules=(num_sites,)), *facts(summary)]
+    header, rows = fairness_table(summary)
+    if rows:
+        parts += [text_table(header, rows), f"worst site: {worst_site(summary)}"]
+    return "\n".join(parts)
 
 
 def _central_value(summary: Mapping[str, Any], metric: str) -> float:
@@ -154,15 +218,24 @@ def _central_value(summary: Mapping[str, Any], metric: str) -> float:
 
 
 def comparison_table(summaries: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], Rows]:
-    """Give header and rows that compare arms on the main metric of the first: sites, central test set, time."""
+    """Give header and rows that compare arms on the main metric of the first: sites, central test set, time.
+
+    Where an arm was scored under conditions there is a column for each, one for the gap, and the worst site has a name.
+    """
     metric = next(iter(summaries.values())).get("main_metric") or "metric"
-    header = ["arm", f"{metric} (mean of sites)", "worst site", "spread", "central test", "rounds", "time"]
+    conditions = list(dict.fromkeys(name for summary in summaries.values() for name in _conditions(summary)))
+    extra = [f"{name} test" for name in conditions] + (["gap"] if conditions else [])
+    header = ["arm", f"{metric} (mean of sites)", "worst site", "spread", "central test", *extra, "rounds", "time"]
     rows: Rows = []
     for name, summary in summaries.items():
         values = [number(result.get(metric)) for result in summary["sites"].values()]
-        shown = (mean(values), worst(metric, values), spread(values), _central_value(summary, metric))
-        time = clock(number(summary.get("seconds")))
-        rows.append([name, *(show(v) for v in shown), show(summary.get("rounds")), time])
+        lowest = worst_site(summary) if conditions else show(worst(metric, values))
+        cells = [show(mean(values)), lowest, show(spread(values)), show(_central_value(summary, metric))]
+        if conditions:
+            found = summary.get("fairness", {})
+            shown = [*(found.get("by_condition", {}).get(c) for c in conditions), found.get("gap")]
+            cells += [show(number(v)) for v in shown]
+        rows.append([name, *cells, show(summary.get("rounds")), clock(number(summary.get("seconds")))])
     return header, rows
 
 

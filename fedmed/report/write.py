@@ -78,6 +78,15 @@ def report_text(summary: Mapping[str, Any], drawn: Sequence[Path]) -> str:
         header, rows, _ = tables.site_table(summary)
         parts.append(tables.markdown_table(header, rows))
     parts.append("\n".join(f"- {line}" for line in tables.facts(summary)))
+    header, rows = tables.fairness_table(summary)
+    if rows:
+        parts += [tables.markdown_table(header, rows), f"Worst site: {tables.worst_site(summary)}."]
+    header, rows = tables.weight_table(summary)
+    if rows:
+        parts += [
+            "Weights of the last round beside the shares of the training items:",
+            tables.markdown_table(header, rows),
+        ]
     parts += [f"![{path.stem}](figures/{path.name})" for path in drawn]
     versions = ", ".join(f"{name} {version}" for name, version in summary.get("versions", {}).items())
     return "\n\n".join([*parts, f"Versions: {versions}."]) + "\n"

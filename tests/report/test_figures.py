@@ -53,6 +53,39 @@ def test_comparison(tmp_path: Path, made_up) -> None:
     assert size_of(tmp_path / "c.png")[0] > size_of(tmp_path / "d.png")[0]
 
 
+def with_conditions(history: list[dict], *names: str) -> list[dict]:
+    """The same history with the central items scored under conditions as well, a little worse each."""
+    for record in history:
+        if record["phase"] == "central":
+            value = record["metrics"]["test/global/dice"]
+            record["metrics"].update({f"test-{n}/global/dice": value - 0.1 * (i + 1) for i, n in enumerate(names)})
+    return history
+
+
+def test_conditions_are_further_broken_lines(tmp_path: Path, made_up, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[str | None, object]] = []
+    original = figures._draw
+
+    def spy(axes, line, **style):
+        drawn.append((style.get("label"), style.get("linestyle", "-")))
+        original(axes, line, **style)
+
+    monkeypatch.setattr(figures, "_draw", spy)
+    history = with_conditions(made_up.make_history(3, rounds=4), "blur", "dark")
+    assert list(figures._central_lines(history, "test/global/dice")) == ["clean", "blur", "dark"]
+    assert figures._central_lines(history, "test/personal/dice") == {}
+    assert figures.plot_curves(history, tmp_path / "c.png", "test/global/dice") is not None
+    central = {label: style for label, style in drawn if label and label.startswith("central")}
+    assert list(central) == ["central test", "central test, blur", "central test, dark"]
+    assert len(set(central.values())) == 3
+
+    drawn.clear()
+    arms = {"base": made_up.make_history(3, rounds=4), "new": history}  # the first has none
+    assert figures.plot_comparison(arms, tmp_path / "d.png", "test/global/dice") is not None
+    assert [style for _, style in drawn].count("--") == [style for _, style in drawn].count(":") == 2
+    assert figures._central_title(["blur", "dark"]) == "central test set (dashed: blur, dotted: dark)"
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_overlays(tmp_path: Path, made_up, channels: int) -> None:
     made_up.make_overlay(tmp_path / "overlay.npz", num_cases=4, size=16, channels=channels)

@@ -125,3 +125,66 @@ def test_comparison_table() -> None:
     assert header[1] == "dice (mean of sites)"
     assert rows[0] == ["base", "0.900", "0.900", "0.000", "0.500", "3", "1:05"]
     assert rows[1][4] == "-"
+
+
+def fair(**by_condition: float) -> dict[str, Any]:
+    """Entry `fairness` of a summary with two conditions, and sites without a worst one."""
+    values = list(by_condition.values())
+    gap = max(values) - min(values) if len(values) > 1 else math.nan
+    now = {"by_condition": by_condition, "mean": sum(values) / len(values), "gap": gap}
+    sites = {"by_group": {"clean": math.nan, "corrupted": math.nan}, "worst_site": "b", "worst": 0.25}
+    return {"metric": "dice", **now, "tail": {**now, "last_rounds": 5}, "sites": sites}
+
+
+def test_fairness_block() -> None:
+    found = fair(clean=0.75, corrupted=0.5)
+    run = summary({"a": 0.5, "b": 0.25}, fairness=found, truth={"b": {"is_noisy": True}})
+    header, rows = tables.fairness_table(run)
+    assert header == ["fairness (dice)", "clean", "corrupted", "mean", "gap"]
+    assert rows == [
+        ["central test, last round", "0.750", "0.500", "0.625", "0.250"],
+        ["central test, last 5 evaluations", "0.750", "0.500", "0.625", "0.250"],
+    ]
+    assert tables.render(run).endswith("worst site: b (0.250, corrupted)")
+    found["sites"]["by_group"] = {"clean": 0.5, "corrupted": 0.25}
+    assert tables.fairness_table(run)[1][2] == ["sites, by their training data", "0.500", "0.250", "0.375", "0.250"]
+    found["tail"]["last_rounds"] = 1
+    assert len(tables.fairness_table(run)[1]) == 2
+
+
+def test_fairness_block_with_other_conditions_and_with_none() -> None:
+    found = fair(clean=0.75, blur=0.5, dark=math.nan)
+    found["sites"]["by_group"] = {"clean": 0.5, "corrupted": 0.25}
+    header, rows = tables.fairness_table(summary({"a": 0.5}, fairness=found))
+    assert header[1:] == ["clean", "blur", "dark", "corrupted", "mean", "gap"]
+    assert rows[0][1:5] == ["0.750", "0.500", "-", "-"] and rows[2][1:5] == ["0.500", "-", "-", "0.250"]
+    for nothing in ({}, {"fairness": fair(clean=0.5)}):
+        assert tables.fairness_table(summary({"a": 0.5}, **nothing))[1] == []
+        assert "fairness" not in tables.render(summary({"a": 0.5}, **nothing))
+    assert tables.worst_site(summary({})) == "-"
+
+
+def test_null_in_a_stored_summary_is_undefined() -> None:
+    found = fair(clean=0.75, corrupted=0.5)
+    found["by_condition"]["corrupted"] = found["mean"] = found["gap"] = None
+    found["sites"].update(by_group={"clean": None, "corrupted": None}, worst_site=None, worst=None)
+    _, rows = tables.fairness_table(summary({"a": 0.5}, fairness=found))
+    assert rows[0] == ["central test, last round", "0.750", "-", "-", "-"] and len(rows) == 2
+
+
+def test_weights_beside_the_shares_of_the_items() -> None:
+    notes, truth = {"weights": {"a": 0.75, "b": 0.25}}, {"b": {"is_noisy": True}}
+    run = summary({}, notes=notes, examples={"a": 10, "b": 30}, truth=truth)
+    assert tables.weight_table(run)[1] == [["a", "0.750", "0.250", ""], ["b", "0.250", "0.750", "true"]]
+    assert tables.weight_table(summary({}, notes=notes))[1][0] == ["a", "0.750", "-", ""]
+    assert tables.weight_table(summary({}))[1] == tables.weight_table(summary({}, notes={"weights": 1.0}))[1] == []
+
+
+def test_comparison_table_with_conditions() -> None:
+    base, new = with_central(0.5, 0.9), with_central(0.75, 0.25)
+    new["fairness"] = fair(clean=0.75, corrupted=0.5)
+    header, rows = tables.comparison_table({"base": base, "new": new})
+    assert header[2:7] == ["worst site", "spread", "central test", "corrupted test", "gap"]
+    assert rows[0][2:7] == ["-", "0.000", "0.500", "-", "-"]
+    assert rows[1][2:7] == ["b (0.250)", "0.000", "0.750", "0.500", "0.250"]
+    assert all(len(row) == len(header) for row in rows)

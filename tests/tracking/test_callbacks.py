@@ -45,6 +45,8 @@ def test_headline_prefers_the_central_test_set() -> None:
     assert headline(RECORDS, "dice") == (2.0, 0.5, "mean/test/global/dice")
     central = [*RECORDS, record("central", None, test__global__dice=0.25)]
     assert headline(central, "dice") == (2.0, 0.25, "central/test/global/dice")
+    degraded = record("central", None, **{"test-corrupted__global__dice": 0.1, "test__global__dice": 0.25})
+    assert headline([*RECORDS, degraded], "dice")[1:] == (0.25, "central/test/global/dice")
     loss, metric, name = headline([], "dice")
     assert loss != loss and metric != metric and name == ""
 
