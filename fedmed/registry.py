@@ -16,6 +16,15 @@ STRATEGIES: dict[str, str] = {
     "fedadam": "strategies.server_optimizer:FedAdam",
     "fednoro": "strategies.noise_robust:FedNoRo",
     "feda3i": "strategies.quality_layerwise:FedA3I",
+    "fedism": "strategies.sharpness_matching:FedISM",
+    "fedism_plus": "strategies.sharpness_matching:FedISMPlus",
+    "fedia": "strategies.completeness:FedIA",
+    "qfedavg": "strategies.q_fair:QFedAvg",
+    "agnostic": "strategies.agnostic:AgnosticFL",
+    "fairfed": "strategies.fair_gap:FairFed",
+    "fedga": "strategies.generalization_gap:FedGA",
+    "scaffold": "strategies.control_variates:Scaffold",
+    "fednova": "strategies.normalized_averaging:FedNova",
 }
 
 CLIENTS: dict[str, str] = {
@@ -23,6 +32,13 @@ CLIENTS: dict[str, str] = {
     "local_norm": "clients.local_norm:LocalNorm",
     "fednoro": "clients.noise_robust:NoiseRobust",
     "feda3i": "clients.quality_features:QualityFeatures",
+    "fedism": "clients.sharpness_aware:SharpnessAware",
+    "fedia": "clients.annotation_completion:AnnotationCompletion",
+    "loss_probe": "clients.received_probe:LossProbe",
+    "accuracy_probe": "clients.received_probe:AccuracyProbe",
+    "scaffold": "clients.control_variates:ControlVariates",
+    "fednova": "clients.step_count:StepCount",
+    "ditto": "clients.personal_model:Ditto",
 }
 
 ADDONS: dict[str, str] = {
@@ -40,6 +56,7 @@ LOSSES: dict[str, str] = {
     "bce": "fedmed.losses.segmentation:bce_with_logits",
     "bce_dice": "fedmed.losses.segmentation:bce_dice",
     "ce_dice": "fedmed.losses.segmentation:ce_dice",
+    "dice": "fedmed.losses.segmentation:dice",
 }
 
 PARTITIONS: dict[str, str] = {
