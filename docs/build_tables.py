@@ -77,8 +77,8 @@ MEANING = {
     "evaluation.mode": "`separate`: own message; `before`: the received model is scored with the training message; "
     "`after`: the model just trained",
     "evaluation.sites": "score at the sites at all",
-    "evaluation.central": "`auto`: the group `central` of a derived file, if there is one; `none`; or the path of a site "
-    "file",
+    "evaluation.central": "`auto`: the group `central` of a derived file, if there is one, and its groups `central_<name>`; `none`; or the "
+    "path of a site file",
     "evaluation.select": "validation metric that chooses `model-selected.safetensors`; `null`: no choice",
     "evaluation.hd95": "95 % surface distance in the last evaluation (segmentation)",
     "engine.name": "see [engines.md](engines.md)",

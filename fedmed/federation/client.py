@@ -232,6 +232,7 @@ class Client:
             step += 1
             if training.max_steps is not None and step >= training.max_steps:
                 break
+        self.optimizer.zero_grad(set_to_none=True)  # the next site finds a model without gradients
         if self.config.optimizer.persist:
             self.personal = {**self.personal, **optimizer_arrays(self.model, self.optimizer)}
         means = {f"loss/{name}": float(total) / step for name, total in sums.items()} if step else {}
