@@ -122,7 +122,7 @@ class ControlVariates(Supervised):
     def end_round(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Keep c_i⁺ and send Δc_i. Raises `FedMedError` if it is not finite: the site then counts as absent everywhere."""
         trained = {name: p.detach().cpu() for name, p in self.model.named_parameters() if p.requires_grad}
-        after = new_own(self.received, trained, self.control, self.own, self.num_steps, self.config.optimizer.lr)
+        after = new_own(self.received, trained, self.control, self.own, self.num_steps, self.lr)
         delta = change(after, self.own)
         broken = first_non_finite(delta)
         if broken:

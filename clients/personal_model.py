@@ -24,7 +24,7 @@ from fedmed.data.split import Batch
 from fedmed.errors import UserError
 from fedmed.federation.client import make_optimizer
 from fedmed.federation.state import State, clone_state, first_non_finite
-from fedmed.models.output import Output
+from fedmed.models.output import Output, extra_inputs
 
 log = logging.getLogger("fedmed.ditto")
 
@@ -79,15 +79,15 @@ class Ditto(Supervised):
         """Copy v_k from the model, in which the personal view is loaded, then load the received one to train on."""
         super().begin_round(config, extras)
         optimizer = self.config.optimizer
-        if optimizer.name == "sgd" and too_strong(self.params.lam, optimizer.lr, optimizer.momentum):
+        if optimizer.name == "sgd" and too_strong(self.params.lam, self.lr, optimizer.momentum):
             raise UserError(
-                f"client.args.lam={self.params.lam:g} with optimizer.lr={optimizer.lr:g} diverges: the product must "
+                f"client.args.lam={self.params.lam:g} with a learning rate of {self.lr:g} diverges: the product must "
                 f"not be above {2 * (1 + optimizer.momentum):g}; lower one of them"
             )
         self.own, self.own_buffers = copy_of_model(self.model)
         self.load_view("global")
         self.reference = [self.received[name].to(self.device) for name in self.own]
-        self.own_optimizer = make_optimizer(nn.ParameterList(self.own.values()), self.config, {})
+        self.own_optimizer = make_optimizer(nn.ParameterList(self.own.values()), self.config, {}, self.lr)
 
     def train_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """One step of each model. v_k goes first and gives the random numbers back, so that both drop the same units
@@ -99,7 +99,8 @@ class Ditto(Supervised):
     def personal_step(self, batch: Batch, step: int) -> None:
         """v ← v − η·(∇F_k(v) + λ·(v − w^t)) by the optimiser of v; its norm statistics move in place."""
         with self.autocast():
-            output = torch.func.functional_call(self.model, {**self.own, **self.own_buffers}, (batch.images,))
+            state, inputs = {**self.own, **self.own_buffers}, extra_inputs(self.model, batch.extras)
+            output = torch.func.functional_call(self.model, state, (batch.images,), inputs)
         terms = self.loss(Output(output.logits.float(), *output[1:]), batch, step)
         self.own_optimizer.zero_grad(set_to_none=True)
         torch.stack(list(terms.values())).sum().backward()

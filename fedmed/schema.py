@@ -66,6 +66,12 @@ class OptimizerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # adam, adamw
     weight_decay: float = 0.0  # L2 in the gradient for sgd and adam, decoupled for adamw
     persist: bool = False  # keep the moments at the site from round to round
+    schedule: str = (
+        "constant"  # constant; multistep: lr · factor per milestone; poly: lr · (1 − (round − 1)/rounds)^power
+    )
+    milestones: list[int] = field(default_factory=list)  # multistep: rounds (from 1) from which on lr is smaller
+    factor: float = 0.1  # multistep
+    power: float = 0.9  # poly
 
 
 @dataclass(frozen=True)
@@ -170,6 +176,7 @@ CHOICES = {
     "data.annotation": ("auto", "mask", "label", "scribble", "box"),
     "model.activation": ("auto", "softmax", "sigmoid"),
     "optimizer.name": ("sgd", "adam", "adamw"),
+    "optimizer.schedule": ("constant", "multistep", "poly"),
     "evaluation.mode": ("separate", "before", "after"),
     "engine.name": ("local", "ray"),
     "engine.precision": ("fp32", "bf16"),
@@ -181,6 +188,8 @@ BOUNDS = {
     "optimizer.lr": (0, False),
     "optimizer.momentum": (0, True),
     "optimizer.weight_decay": (0, True),
+    "optimizer.factor": (0, False),
+    "optimizer.power": (0, True),
     "training.epochs": (0, False),
     "training.max_steps": (0, False),
     "training.batch_size": (0, False),

@@ -115,7 +115,7 @@ def run_server(
         check_pair(strategy, cls, facts, config)
         loop = RoundLoop(
             strategy, exchange, config, layout, initial, journal=journal, store=store, central=central,
-            config_hash=config_hash(config, with_rounds=strategy.depends_on_rounds),
+            config_hash=config_hash(config, with_rounds=strategy.depends_on_rounds or config.optimizer.schedule == "poly"),
             on_best=lambda s: write_safetensors(folder.path / "model-selected.safetensors", _whole(model, s)),
         )  # fmt: skip
     if loop is not None and checkpoint is not None:

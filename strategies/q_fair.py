@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmed.federation.schedule import learning_rate
 from fedmed.federation.state import RunningMean, weighted_mean
 from fedmed.federation.strategy import Strategy, Update
 from strategies.site_shares import Floats, reported
@@ -142,11 +143,13 @@ class QFedAvg(Strategy):
         optimizer = self.config.optimizer.name
         if round == 1 and self.params.lipschitz is None and self.params.q > 0 and optimizer != "sgd":
             self.log.warning("lipschitz = 1 / optimizer.lr is for sgd, not %s: set strategy.args.lipschitz", optimizer)
-        return self._fair_step(global_state, updates)
+        return self._fair_step(round, global_state, updates)
 
-    def _fair_step(self, global_state: dict[str, Tensor], updates: Iterable[Update]) -> dict[str, Tensor]:
+    def _fair_step(self, round: int, global_state: dict[str, Tensor], updates: Iterable[Update]) -> dict[str, Tensor]:
         """Rule `gradient`, one reply at a time."""
-        lipschitz = self.params.lipschitz or 1.0 / self.config.optimizer.lr
+        lipschitz = self.params.lipschitz or 1.0 / learning_rate(
+            self.config.optimizer, round, self.config.federation.rounds
+        )
         before = {name: global_state[name] for name in self.layout.trainable if name in global_state}
         step, buffers, losses = FairStep(before, self.params.q, lipschitz), RunningMean(), {}
         for update in updates:

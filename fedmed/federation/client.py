@@ -6,6 +6,7 @@ A client object lives for one message. Nothing important hides on it: what must 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,10 +23,11 @@ from fedmed.data.split import Batch, Split
 from fedmed.errors import FedMedError
 from fedmed.federation.layout import Layout
 from fedmed.federation.messages import BASE_LEAVES, Leaf
+from fedmed.federation.schedule import learning_rate
 from fedmed.federation.seeding import torch_rng
 from fedmed.federation.state import State, copy_state
 from fedmed.models.heads import probabilities
-from fedmed.models.output import Output
+from fedmed.models.output import Output, extra_inputs
 from fedmed.schema import NoParams
 
 MOMENTS = "optimizer/"  # prefix of optimiser moments among the personal arrays
@@ -126,7 +128,7 @@ class Client:
 
     def predict(self, batch: Batch, view: str) -> Tensor:
         """Probabilities for a decoded batch; the only thing evaluation calls. The model of the view is loaded."""
-        return probabilities(self.model(batch.images).logits.float(), self.activation)
+        return probabilities(self.forward(batch).logits, self.activation)
 
     @staticmethod
     def is_personal(name: str, module: nn.Module) -> bool:
@@ -151,6 +153,11 @@ class Client:
         """Class counts of the train split as the site labels it, NumPy int64 (C,); counted once per data set."""
         return self.data.split("train", self.device).class_counts()
 
+    @property
+    def lr(self) -> float:
+        """Learning rate of this round."""
+        return learning_rate(self.config.optimizer, self.round, self.rounds)
+
     def rng(self, purpose: str) -> torch.Generator:
         """A CPU generator keyed by (seed, round, site, purpose)."""
         return torch_rng(self.config.seed, self.round, self.site, purpose)
@@ -161,11 +168,16 @@ class Client:
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
 
+    def forward(self, batch: Batch) -> Output:
+        """One pass of the model over a batch, with the per-item extras it asks for; logits are float32."""
+        with self.autocast():
+            output = self.model(batch.images, **extra_inputs(self.model, batch.extras))
+        return Output(output.logits.float(), *output[1:])
+
     def loss_terms(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """One forward pass and all named terms, the add-ons' included."""
-        with self.autocast():
-            output = self.model(batch.images)
-        terms = self.loss(Output(output.logits.float(), *output[1:]), batch, step)
+        output = self.forward(batch)
+        terms = self.loss(output, batch, step)
         for addon in self.addons.values():
             terms = {**terms, **addon.loss(self, output, batch, step)}
         return terms
@@ -181,21 +193,24 @@ class Client:
         self.model.eval()
         try:
             for batch in batches(items, size):
-                with torch.set_grad_enabled(gradient), self.autocast():
-                    output = self.model(batch.images)
-                    output = Output(output.logits.float(), *output[1:])
+                with torch.set_grad_enabled(gradient):
+                    output = self.forward(batch)
                 yield batch, output
         finally:
             self.model.train(was_training)
 
-    def teacher(self, images: Tensor) -> Output:
-        """The received model in eval mode on the same images, without gradient and without a second network."""
+    def teacher(self, images: Tensor, extras: Mapping[str, Tensor] | None = None) -> Output:
+        """The received model in eval mode on the same images, without gradient and without a second network.
+
+        `extras`: those of the batch, for a model that asks for some.
+        """
         state = {name: value.to(self.device) for name, value in self.received.items()}
         was_training = self.model.training
         self.model.eval()
         try:
             with torch.no_grad(), self.autocast():
-                output: Output = torch.func.functional_call(self.model, state, (images,))
+                inputs = extra_inputs(self.model, extras or {})
+                output: Output = torch.func.functional_call(self.model, state, (images,), inputs)
         finally:
             self.model.train(was_training)
         return Output(output.logits.float(), *output[1:])
@@ -221,7 +236,7 @@ class Client:
     def fit(self) -> dict[str, float]:
         """Train for `training.epochs` (or `max_steps`) and give `train_loss` and one mean per named term. No host synchronisation inside."""
         training = self.config.training
-        self.optimizer = make_optimizer(self.model, self.config, self.personal)
+        self.optimizer = make_optimizer(self.model, self.config, self.personal, self.lr)
         self.model.train()
         rng = self.rng("batches")
         sums: dict[str, Tensor] = {}
@@ -258,9 +273,14 @@ def declared_leaves(client_class: type[Client], addons: Mapping[str, AddOn | typ
     return (*BASE_LEAVES, *client_class.leaves, *(leaf for addon in addons.values() for leaf in addon.leaves))
 
 
-def make_optimizer(model: nn.Module, config: Config, personal: Mapping[str, Tensor]) -> torch.optim.Optimizer:
-    """The optimiser of the configuration over all parameters with gradient, with the kept moments if `optimizer.persist`."""
-    settings = config.optimizer
+def make_optimizer(
+    model: nn.Module, config: Config, personal: Mapping[str, Tensor], lr: float | None = None
+) -> torch.optim.Optimizer:
+    """The optimiser of the configuration over all parameters with gradient, with the kept moments if `optimizer.persist`.
+
+    `lr`: the learning rate of the round (`Client.lr`), else `optimizer.lr`.
+    """
+    settings = config.optimizer if lr is None else dataclasses.replace(config.optimizer, lr=lr)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer: torch.optim.Optimizer
     if settings.name == "sgd":

@@ -38,8 +38,24 @@ def build_model(
         if name.startswith("monai:"):
             from fedmed.models.monai_wrapper import build_monai
 
-            return build_monai(name, args or {}, in_channels, num_outputs, size, task)
-        return _build_own(name, args or {}, in_channels, num_outputs, size, task)
+            model = build_monai(name, args or {}, in_channels, num_outputs, size, task)
+        else:
+            model = _build_own(name, args or {}, in_channels, num_outputs, size, task)
+    mark_classifier(model)
+    return model
+
+
+def mark_classifier(model: nn.Module) -> None:
+    """Set `is_classifier` on all modules below the model's `classifier_prefixes`, for rules that look at modules only."""
+    prefixes = tuple(getattr(model, "classifier_prefixes", ()))
+    for name, module in model.named_modules():
+        if any(name == p or name.startswith(p + ".") for p in prefixes):
+            module.is_classifier = True  # type: ignore[assignment]
+
+
+def is_classifier(name: str, module: nn.Module) -> bool:
+    """Whether an entry belongs to the classifier of a model made by `build_model`; fits `Client.is_personal`."""
+    return bool(getattr(module, "is_classifier", False))
 
 
 def _build_own(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Output(NamedTuple):
@@ -18,6 +19,14 @@ class Output(NamedTuple):
     logits: Tensor
     features: Tensor | None = None
     aux: dict[str, Any] | None = None
+
+
+def extra_inputs(model: nn.Module, extras: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The per-item extras of a batch that a model asks for by its attribute `inputs` (such as `modality_present`), by name.
+
+    What the batch does not have is left out: the model must say in its `forward` what it takes instead.
+    """
+    return {name: extras[name] for name in getattr(model, "inputs", ()) if name in extras}
 
 
 def channels_last(images: Tensor) -> Tensor:

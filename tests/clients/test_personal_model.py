@@ -205,5 +205,5 @@ def test_arguments(new_client: Any) -> None:
         with pytest.raises(ValueError, match="lam >= 0"):
             DittoParams(wrong)
     client = with_optimizer(new_client(Ditto, args={"lam": 30.0}), "sgd", lr=0.1)
-    with pytest.raises(UserError, match=r"client\.args\.lam=30 with optimizer\.lr=0\.1 diverges"):
+    with pytest.raises(UserError, match=r"client\.args\.lam=30 with a learning rate of 0\.1 diverges"):
         client.begin_round({}, {})
