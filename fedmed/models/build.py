@@ -38,7 +38,7 @@ def build_model(
         if name.startswith("monai:"):
             from fedmed.models.monai_wrapper import build_monai
 
-            model = build_monai(name, args or {}, in_channels, num_outputs, size, task)
+            model: nn.Module = build_monai(name, args or {}, in_channels, num_outputs, size, task)
         else:
             model = _build_own(name, args or {}, in_channels, num_outputs, size, task)
     mark_classifier(model)
