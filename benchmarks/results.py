@@ -7,7 +7,7 @@ The value of a run is the mean over its last rounds on the pooled test items, cl
 
 A comparison file says: base and overrides of all runs; arms (name -> overrides, the first is the baseline); settings (title, overrides, and if
 wanted seeds, arms, and `against`: the setting whose baseline is used); metrics ("bacc", "test-corrupted/bacc", "mean:bacc", "gap:bacc");
-last_rounds; findings (names of FINDINGS below, default [noisy]).
+seed_metrics (those of the table by seed, default all); last_rounds; findings (names of FINDINGS below, default [noisy]).
 """
 
 from __future__ import annotations
@@ -119,7 +119,9 @@ def tables(comparison: dict[str, Any], keys: list[tuple[str, str, int]], out: Pa
             for arm in arms[1:]
         }
         text += [f"### {content['title']}", "", *arm_rows(values, gains), ""]
-        text += [*seed_rows(seeds, gains, folders, found), ""]
+        by_seed = comparison.get("seed_metrics", metrics)
+        few = {arm: {m: gain[m] for m in by_seed} for arm, gain in gains.items()}
+        text += [*seed_rows(seeds, few, folders, found), ""]
     return "\n".join(text)
 
 
