@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from clients.supervised import Params as SupervisedParams
 from clients.supervised import Supervised
 from fedmed.data.split import Batch
 from fedmed.errors import UserError
@@ -30,15 +31,13 @@ log = logging.getLogger("fedmed.ditto")
 
 
 @dataclass(frozen=True)
-class DittoParams:
-    """Constants of Ditto, and the arguments of the supervised loss."""
+class DittoParams(SupervisedParams):
+    """Constants of Ditto, and the arguments of the supervised loss of both models."""
 
     lam: float = 0.1  # λ ≥ 0 (paper tries 0.1, 1 and others); 0: training without others
-    loss: str = "auto"  # the loss of both models, as for client `supervised`
-    tau: float = 1.0  # strength of the logit adjustment, ≥ 0; 1 in the literature
-    bce_weight: float = 0.5  # share of BCE in `bce_dice`, in [0, 1]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.lam < float("inf"):
             raise ValueError(f"a finite lam >= 0 expected, got {self.lam}")
 
@@ -72,7 +71,7 @@ class Ditto(Supervised):
     and its optimiser's moments; what it keeps is one model.
     """
 
-    Params = DittoParams
+    Params: ClassVar[type] = DittoParams
     views: ClassVar[tuple[str, ...]] = ("global", "personal")
 
     def begin_round(self, config: dict[str, Any], extras: dict[str, Tensor]) -> None:

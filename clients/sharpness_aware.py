@@ -38,12 +38,11 @@ class SharpnessAwareParams(SupervisedParams):
     """Constants of the local half; defaults are the official code's unless marked."""
 
     loss: str = "logit_adjusted_ce"  # training loss, see `supervised`; the measurement is always plain cross-entropy
-    tau: float = 1.0  # τ ≥ 0, strength of the logit adjustment; 0 is plain cross-entropy
-    bce_weight: float = 0.5  # of `supervised`; no loss for classification reads it
     alpha: float = 0.1  # α ≥ 0, weight of the surrogate gap; 0 is plain SAM
     decimals: int | None = None  # ≥ 0: round both losses to so many decimals before they leave (our option)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         finite = 0 <= self.alpha < math.inf and 0 <= self.tau < math.inf
         if not finite or (self.decimals is not None and self.decimals < 0):
             raise ValueError(f"alpha >= 0, tau >= 0 (both finite) and decimals null or >= 0 expected, got {self}")

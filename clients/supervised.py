@@ -11,7 +11,7 @@ from torch import Tensor
 from fedmed.data.split import Batch
 from fedmed.errors import UserError
 from fedmed.federation.client import Client
-from fedmed.losses.classification import cross_entropy, log_prior, logit_adjusted_cross_entropy
+from fedmed.losses.classification import binary_cross_entropy, cross_entropy, log_prior, logit_adjusted_cross_entropy
 from fedmed.losses.segmentation import bce_dice, bce_with_logits, ce_dice, dice
 from fedmed.models.output import Output
 
@@ -34,12 +34,21 @@ _LOSSES = {"ce": cross_entropy, "bce": bce_with_logits, "ce_dice": ce_dice, "dic
 
 @dataclass(frozen=True)
 class Params:
-    """loss: auto (ce; bce for multi-label and one-class masks; ce_dice for masks of several classes) or a registered loss.
-    tau: strength of the logit adjustment, >= 0, 1 in the literature. bce_weight: share of BCE in bce_dice, 0..1."""
+    """Arguments of supervised training; clients that build on its loss build on these."""
 
-    loss: str = "auto"
-    tau: float = 1.0
-    bce_weight: float = 0.5
+    loss: str = (
+        "auto"  # auto: ce; bce for multi-label and one-class masks, ce_dice for more classes; or a registered loss
+    )
+    tau: float = 1.0  # strength of the logit adjustment, ≥ 0; 1 in the literature, 0 is plain cross-entropy
+    bce_weight: float = 0.5  # share of BCE in bce_dice, 0..1
+    prior_eps: float | None = None  # > 0, added to the class shares before ln π (FedNPR: 1e-9); null: ln 0 = −∞
+    missing: str = "mask"  # labels of classes that are not annotated: "mask" leaves them out, "negative" reads 0
+
+    def __post_init__(self) -> None:
+        if self.missing not in ("mask", "negative"):
+            raise ValueError(f"missing: expected mask or negative, got {self.missing!r}")
+        if self.prior_eps is not None and not self.prior_eps > 0:
+            raise ValueError(f"prior_eps > 0 or null expected, got {self.prior_eps}")
 
 
 class Supervised(Client):
@@ -63,12 +72,22 @@ class Supervised(Client):
             return {name: logit_adjusted_cross_entropy(logits, targets, tau=self.params.tau, prior=self.prior())}
         if name == "bce_dice":
             return {name: bce_dice(logits, targets, self.params.bce_weight)}
+        active = self._active(batch)
+        if active is not None:
+            return {name: binary_cross_entropy(logits, targets, active)}
         return {name: _LOSSES[name](logits, targets)}
+
+    def _active(self, batch: Batch) -> Tensor | None:
+        """The label entries (B, L) that are annotation, a 0 of a missing class is none; None: all of them."""
+        if self.data.task != "multilabel" or self.params.missing == "negative":
+            return None
+        return self.data.annotated(batch)
 
     def prior(self) -> Tensor:
         """Logarithm of the site's class shares (C,), on its device; made once per message."""
         if not hasattr(self, "_prior"):
-            self._prior = log_prior(torch.as_tensor(self.class_counts, device=self.device))
+            counts = torch.as_tensor(self.class_counts, device=self.device)
+            self._prior = log_prior(counts, self.params.prior_eps)
         return self._prior
 
 

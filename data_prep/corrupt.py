@@ -18,9 +18,9 @@ CORRUPTED = "corrupted"  # the condition under which all central images are degr
 
 
 def corrupt(
-    sites: Sequence[Items], task: str, num_classes: int, corruption: Corruption, annotation: str, seed: Seed
+    sites: Sequence[Items], task: str, classes: Sequence[str], corruption: Corruption, annotation: str, seed: Seed
 ) -> list[Items]:
-    """Corrupt the training annotations of all sites; the clean ones go to each site's reference.
+    """Corrupt the training annotations of all sites; the clean ones go to each site's reference. `classes`: their names.
 
     UserError when the corruption is for another task, or training would read another annotation.
     """
@@ -41,16 +41,39 @@ def corrupt(
         client=np.repeat(np.arange(len(sites)), [len(rows) for rows in train]),
         groups=np.concatenate([site.arrays["group_id"][rows] for site, rows in zip(sites, train, strict=True)]),
         num_clients=len(sites),
-        num_classes=num_classes,
+        num_classes=len(classes),
         slices=np.concatenate([site.arrays["slice_no"][rows] for site, rows in zip(sites, train, strict=True)])
         if all("slice_no" in site.arrays for site in sites)
         else None,
+        active=_pooled_active(sites, len(classes)),
+        classes=tuple(classes),
     )
     result = corruption.apply(pooled, seed)
-    return [
+    noisy = [
         _with_noise(site, key, result.targets[pooled.client == index], result.facts[index])
         for index, site in enumerate(sites)
     ]
+    if result.active is None:
+        return noisy
+    return [_with_active(site, result.active[pooled.client == index]) for index, site in enumerate(noisy)]
+
+
+def _active(site: Items, num_classes: int) -> np.ndarray:
+    return site.arrays.get("active_classes", np.ones((site.size, num_classes), dtype=np.uint8))
+
+
+def _pooled_active(sites: Sequence[Items], num_classes: int) -> np.ndarray | None:
+    """Which classes the training items of all sites are annotated for, (N, C); None where no site says."""
+    if not any("active_classes" in site.arrays for site in sites):
+        return None
+    return np.concatenate([_active(site, num_classes)[site.splits["train"]] for site in sites])
+
+
+def _with_active(site: Items, active: np.ndarray) -> Items:
+    """The site with `active` (n, C) at its training items; its other items keep what they had, or have all classes."""
+    flags = _active(site, active.shape[1]).copy()
+    flags[site.splits["train"]] = active
+    return dataclasses.replace(site, arrays={**site.arrays, "active_classes": flags})
 
 
 def _with_noise(site: Items, key: str, noisy: np.ndarray, facts: Mapping[str, Any]) -> Items:
@@ -76,6 +99,8 @@ def corrupt_images(
         _with_images(site, images, facts)
         for site, images, facts in zip(sites, result.images, result.facts, strict=True)
     ]
+    if result.present is not None:
+        changed = [_with_present(site, present) for site, present in zip(changed, result.present, strict=True)]
     if central is None or result.central is None:
         return changed, None
     poor = {**central.arrays, "image": result.central}
@@ -83,7 +108,8 @@ def corrupt_images(
 
 
 def _stack(items: Items) -> ImageStack:
-    return ImageStack(items.arrays["image"], items.arrays.get("modality_present"))
+    arrays = items.arrays
+    return ImageStack(arrays["image"], arrays.get("modality_present"), arrays["group_id"], items.splits["train"])
 
 
 def _with_images(site: Items, images: np.ndarray | None, facts: Mapping[str, Any]) -> Items:
@@ -91,6 +117,13 @@ def _with_images(site: Items, images: np.ndarray | None, facts: Mapping[str, Any
         return dataclasses.replace(site, facts=dict(facts))
     reference = {"image": site.arrays["image"], **site.reference}  # as for annotations
     return dataclasses.replace(site, arrays={**site.arrays, "image": images}, reference=reference, facts=dict(facts))
+
+
+def _with_present(site: Items, present: np.ndarray) -> Items:
+    """The site with its new `modality_present`; what it had before goes to the reference."""
+    before = {key: site.arrays[key] for key in ("modality_present",) if key in site.arrays}
+    reference = {**before, **site.reference} if site.reference else {}
+    return dataclasses.replace(site, arrays={**site.arrays, "modality_present": present}, reference=reference)
 
 
 def _check_task(corruption: Corruption | ImageCorruption, task: str) -> None:

@@ -1,7 +1,8 @@
 """Pure partitions: labels and a generator in, `client_of_sample` (n,) int64 in [0, K) out.
 
 FedNoRo (IJCAI 2023, arXiv 2305.05230): Bernoulli class grants, then a Dirichlet share per class. FedA3I (AAAI 2024,
-arXiv 2312.12838): shuffle and cut. FedISM (IJCAI 2024, arXiv 2404.17805): two pools, Dirichlet shares in each.
+arXiv 2312.12838): shuffle and cut. FedISM (IJCAI 2024, arXiv 2404.17805): two pools, Dirichlet shares in each. Sites cut
+by Dirichlet shares stand for the long tails of FedNPR (arXiv 2407.12446) and FCA, whose own draw is not published.
 Symbols: K num_clients, C num_classes, n items, p p_class, a alpha, Phi granted, K_c num_corrupted.
 Departure from the published code: the column of Phi of a class that no client was granted is drawn again (it raises).
 
@@ -16,6 +17,8 @@ import numpy as np
 
 from data_prep.seeding import Rng
 from fedmed.errors import UserError
+
+REDRAWS = 100  # draws of a site before its smallest clients are topped up
 
 
 def class_grants(num_clients: int, num_classes: int, p_class: float, rng: Rng) -> np.ndarray:
@@ -125,11 +128,81 @@ def site_partition(site: np.ndarray, clients_per_site: Sequence[int], rng: Rng) 
     return client
 
 
+def site_dirichlet_partition(
+    labels: np.ndarray,
+    site: np.ndarray,
+    groups: np.ndarray,
+    clients_per_site: Sequence[int],
+    num_classes: int,
+    alpha: float,
+    min_items: int,
+    rng: Rng,
+) -> np.ndarray:
+    """Natural partition, each site cut further into label-skewed clients; no group is split.
+
+    In: labels (n,) in [0, C); site (n,) int in [0, S); groups (n,) of any kind, told apart within a site; clients_per_site
+    (S,) >= 1; alpha > 0; min_items >= 0. Out: client_of_sample (n,) int64, numbered as in `site_partition`. Within a site
+    the groups of a class (that of most of their items, the lower one of equals) are dealt with odds ~ Dirichlet(alpha).
+    Until every client has `min_items` items the site is drawn again, `REDRAWS` times at most; then clients are topped
+    up (`_top_up`). A site with one client draws nothing. UserError: a site with too few items.
+    """
+    labels = _check_labels(labels, num_classes)
+    _check_alpha(alpha)
+    client = np.empty(len(labels), dtype=np.int64)
+    first = 0
+    for index, count in enumerate(clients_per_site):
+        members = np.flatnonzero(site == index)
+        if min_items < 0 or (count > 1 and len(members) < count * min_items):
+            raise UserError(
+                f"natural_dirichlet partition: site {index} has {len(members)} training items, too few for {count} "
+                f"clients of min_items = {min_items} (>= 0). Set data.partition.args.clients_per_site or min_items."
+            )
+        names, group = np.unique(groups[members], return_inverse=True)
+        table = np.zeros((len(names), num_classes), dtype=np.int64)
+        np.add.at(table, (group, labels[members]), 1)
+        sizes = table.sum(axis=1)
+        owner = np.zeros(len(names), dtype=np.int64)
+        for _ in range(REDRAWS if count > 1 else 0):
+            owner = _deal_by_class(table.argmax(axis=1), [np.arange(count)] * num_classes, alpha, rng)
+            if np.bincount(owner, weights=sizes, minlength=count).min() >= min_items:
+                break
+        else:
+            owner = _top_up(owner, sizes, count, min_items, rng) if count > 1 else owner
+        client[members] = first + owner[group]
+        first += count
+    return client
+
+
+def _top_up(owner: np.ndarray, sizes: np.ndarray, count: int, min_items: int, rng: Rng) -> np.ndarray:
+    """Move groups to clients with fewer than `min_items` items, one at a time, until there is none.
+
+    In: owner (G,) client of each group in [0, count); sizes (G,) its items. A random group goes from the client with the
+    most items to the one with the fewest (the first of equals), of those groups that leave the giver with enough.
+    UserError when large groups make that impossible.
+    """
+    owner = owner.copy()
+    while True:
+        held = np.bincount(owner, weights=sizes, minlength=count)
+        taker, givers = int(held.argmin()), np.argsort(-held, kind="stable")
+        if held[taker] >= min_items:
+            return owner
+        spare = (np.flatnonzero((owner == giver) & (held[giver] - sizes >= min_items)) for giver in givers)
+        movable = next((groups for groups in spare if len(groups)), None)
+        if movable is None:
+            raise UserError(
+                f"natural_dirichlet partition: groups of up to {sizes.max()} items cannot be dealt so that each of "
+                f"{count} clients has {min_items}. Set data.partition.args.min_items or clients_per_site."
+            )
+        owner[rng.choice(movable)] = taker
+
+
 def _deal_by_class(labels: np.ndarray, holders: Sequence[np.ndarray], alpha: float, rng: Rng) -> np.ndarray:
     client = np.empty(len(labels), dtype=np.int64)
     for label, clients in enumerate(holders):
         members = np.flatnonzero(labels == label)
         odds = rng.dirichlet(np.repeat(alpha, len(clients)))
+        if not np.isfinite(odds).all():  # alpha so small that all shares are 0: one client, the limit
+            odds = np.eye(len(clients))[rng.choice(len(clients))]
         client[members] = rng.choice(clients, size=len(members), p=odds)
     return client
 

@@ -13,6 +13,7 @@ from data_prep.deal import (
     fedism_partition,
     fednoro_partition,
     iid_partition,
+    site_dirichlet_partition,
     site_partition,
 )
 from data_prep.seeding import Rng
@@ -24,6 +25,7 @@ __all__ = [
     "FedNoRoPartition",
     "Iid",
     "Natural",
+    "NaturalDirichlet",
     "Partition",
     "Pool",
     "class_grants",
@@ -31,18 +33,22 @@ __all__ = [
     "fedism_partition",
     "fednoro_partition",
     "iid_partition",
+    "site_dirichlet_partition",
     "site_partition",
 ]
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Items to partition: labels (n,) or None (no single label per item), site (n,) natural site index of each item."""
+    """Items to partition: labels (n,) or None (no single label per item), site (n,) natural site index of each item,
+    groups (n,) its lesion, patient or case (None: an item is a group of its own).
+    """
 
     labels: np.ndarray | None
     site: np.ndarray
     num_sites: int
     num_classes: int
+    groups: np.ndarray | None = None
 
     def single_labels(self) -> np.ndarray:
         """The labels (n,), or UserError when the items have none."""
@@ -134,12 +140,10 @@ class Iid(_PooledPartition):
         return iid_partition(len(pool.site), self.num_clients, rng)
 
 
-@dataclass(frozen=True)
-class Natural:
-    """`natural`: the sites of the file; with clients_per_site > 1 (one number, or one per site) each is cut further."""
+class _NaturalPartition:
+    """Shared half of the partitions that cut each site into clients of its own."""
 
-    clients_per_site: int | list[int] = 1  # >= 1, our choice
-    seed: int | None = None  # legacy seed >= 0; None: from the run's seed
+    clients_per_site: int | list[int]
 
     def counts(self, num_sites: int) -> list[int]:
         """Clients of each site, in site order; UserError when their number or values are wrong."""
@@ -160,9 +164,41 @@ class Natural:
         """Natural site of each client (K,): a client is dealt validation and test items of its own site only."""
         return np.repeat(np.arange(num_sites), self.counts(num_sites))
 
+
+@dataclass(frozen=True)
+class Natural(_NaturalPartition):
+    """`natural`: the sites of the file; with clients_per_site > 1 (one number, or one per site) each is cut further."""
+
+    clients_per_site: int | list[int] = 1  # >= 1, our choice
+    seed: int | None = None  # legacy seed >= 0; None: from the run's seed
+
     def assign(self, pool: Pool, rng: Rng) -> np.ndarray:
         """client_of_sample (n,) int64."""
         return site_partition(pool.site, self.counts(pool.num_sites), rng)
 
 
-Partition = FedNoRoPartition | FedISMPartition | Dirichlet | Iid | Natural
+@dataclass(frozen=True)
+class NaturalDirichlet(_NaturalPartition):
+    """`natural_dirichlet`: each site cut into clients with other classes; a lesion, patient or case stays at one client."""
+
+    clients_per_site: int | list[int] = 3  # >= 1, one number or one per site, our choice
+    alpha: float = 0.5  # > 0, our choice; small: strong skew
+    min_items: int = 8  # training items every client has at least, >= 0, our choice
+    seed: int | None = None  # legacy seed >= 0; None: from the run's seed
+
+    def assign(self, pool: Pool, rng: Rng) -> np.ndarray:
+        """client_of_sample (n,) int64."""
+        groups = np.arange(len(pool.site)) if pool.groups is None else pool.groups
+        return site_dirichlet_partition(
+            pool.single_labels(),
+            pool.site,
+            groups,
+            self.counts(pool.num_sites),
+            pool.num_classes,
+            self.alpha,
+            self.min_items,
+            rng,
+        )
+
+
+Partition = FedNoRoPartition | FedISMPartition | Dirichlet | Iid | Natural | NaturalDirichlet

@@ -24,7 +24,7 @@ from data_prep.corrupt import CORRUPTED, corrupt, corrupt_images
 from data_prep.corruption import Corruption, ImageCorruption
 from data_prep.deal import iid_partition
 from data_prep.items import Items, pool, read_items, shrink, site_arrays, take
-from data_prep.partition import Natural, Partition, Pool
+from data_prep.partition import Natural, NaturalDirichlet, Partition, Pool
 from data_prep.seeding import Seed
 from fedmed.config import DataConfig, nearest, params_from
 from fedmed.data.site_checks import SPLITS
@@ -145,21 +145,21 @@ def _key(content: Any) -> str:
 def _build(source: Path, target: Path, recipe: Recipe, facts: dict[str, Any], annotation: str) -> None:
     """Make the derived file `target` from `source`."""
     with SiteFile.open(source) as file:  # checks the file and says what is wrong with it
-        task, num_classes, meta = file.task, len(file.classes), file.meta
+        task, classes, meta = file.task, file.classes, file.meta
         groups = [site.group for site in file.sites]
     sites = read_items(source, groups)
     if recipe.resize is not None:
-        sites = [shrink(site, recipe.resize, _ignore_values(meta, num_classes)) for site in sites]
+        sites = [shrink(site, recipe.resize, _ignore_values(meta, len(classes))) for site in sites]
         meta["image_size"] = [recipe.resize, recipe.resize]
     seed = Seed(recipe.seed)
     if recipe.partition is not None and not _keeps_sites(recipe.partition, len(sites)):
-        sites = cut(sites, num_classes, recipe.partition, seed)
+        sites = cut(sites, len(classes), recipe.partition, seed)
     central = _central(sites)  # before anything is corrupted
     poor: Items | None = None
     if isinstance(recipe.corruption, ImageCorruption):
         sites, poor = corrupt_images(sites, central, task, recipe.corruption, seed)
     elif recipe.corruption is not None:
-        sites = corrupt(sites, task, num_classes, recipe.corruption, annotation, seed)
+        sites = corrupt(sites, task, classes, recipe.corruption, annotation, seed)
     full = {**facts, "sites": [_summary(site) for site in sites]}
     pooled = None if central is None else site_arrays(central)
     conditions = {} if poor is None else {CORRUPTED: site_arrays(poor)}
@@ -168,8 +168,8 @@ def _build(source: Path, target: Path, recipe: Recipe, facts: dict[str, Any], an
 
 
 def _keeps_sites(partition: Partition, num_sites: int) -> bool:
-    """True for the natural partition that cuts no site: nothing has to be pooled."""
-    return isinstance(partition, Natural) and set(partition.counts(num_sites)) == {1}
+    """True for a natural partition that cuts no site: nothing has to be pooled."""
+    return isinstance(partition, (Natural, NaturalDirichlet)) and set(partition.counts(num_sites)) == {1}
 
 
 def _ignore_values(meta: Mapping[str, Any], num_classes: int) -> dict[str, int]:
@@ -186,17 +186,16 @@ def cut(sites: Sequence[Items], num_classes: int, partition: Partition, seed: Se
     """Clients client_00, client_01, ... of a partition.
 
     Training items go where the partition says; validation and test items are dealt at random in nearly equal parts, to
-    all clients, or (natural partition) to those of their own site.
+    all clients, or (natural partitions) to those of their own site.
     """
     pooled, site_of = pool(sites)
     labels = pooled.arrays.get("label")
-    if labels is not None and labels.ndim != 1:
-        labels = None
     total, owners = partition.total(len(sites)), partition.owners(len(sites))
     base = seed if partition.seed is None else Seed(partition.seed)
     client = np.full(pooled.size, -1, dtype=np.int64)
     train = pooled.splits["train"]
-    view = Pool(None if labels is None else labels[train], site_of[train], len(sites), num_classes)
+    known = labels[train] if labels is not None and labels.ndim == 1 else None
+    view = Pool(known, site_of[train], len(sites), num_classes, pooled.arrays["group_id"][train])
     client[train] = partition.assign(view, seed.rng("partition", partition.seed))
     for split in SPLITS[1:]:
         members, rng = pooled.splits[split], base.rng(f"deal/{split}")
@@ -233,7 +232,7 @@ def _central(sites: Sequence[Items]) -> Items | None:
 
 def _summary(site: Items) -> dict[str, Any]:
     counts = {f"n_{split}": len(site.splits[split]) for split in SPLITS}
-    facts = {key: value.item() if isinstance(value, np.generic) else value for key, value in site.facts.items()}
+    facts = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in site.facts.items()}  # NumPy
     return {"site": site.name, **counts, **facts}
 
 

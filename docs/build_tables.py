@@ -85,6 +85,8 @@ MEANING = {
     "path of a site file",
     "evaluation.select": "validation metric that chooses `model-selected.safetensors`; `null`: no choice",
     "evaluation.hd95": "95 % surface distance in the last evaluation (segmentation)",
+    "evaluation.modality_subsets": "for a model that can be told which modalities are missing: the global view is also scored on every "
+    "subset of them, centrally after the last round (`last`) or in every evaluation (`every`), at the sites after the last round",
     "engine.name": "see [engines.md](engines.md)",
     "engine.device": "`auto`, `cpu`, `cuda` or `cuda:N`; `auto` takes the first CUDA device, if any",
     "engine.precision": "`bf16`: forward passes under autocast",
@@ -101,8 +103,6 @@ MEANING = {
 ARGUMENT_MEANING = {
     "clients.supervised:Params.loss": "`auto` (`ce`; `bce` for multi-label and one-class masks; `ce_dice` for masks of "
     "several classes), or a loss that fits",
-    "clients.supervised:Params.tau": "strength of the logit adjustment, ≥ 0; 1 in the literature",
-    "clients.supervised:Params.bce_weight": "share of BCE in `bce_dice`, in [0, 1]",
     "clients.prox:ProximalParams.enabled": "switches the add-on on",
 }
 
@@ -206,17 +206,30 @@ def line_comments(source: str) -> dict[int, str]:
     return {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
 
 
-def params_table(path: str) -> str:
-    """Arguments of a method: fields of a `module:dataclass`, their defaults, and what the source says behind each."""
-    module_name, _, class_name = path.partition(":")
-    cls = getattr(importlib.import_module(module_name), class_name)
+def field_comments(cls: type) -> dict[str, str]:
+    """What is said of the fields that a class itself defines: in `ARGUMENT_MEANING`, else behind the line."""
     source = inspect.getsource(cls)
     comments = line_comments(source)
-    said = {
+    names = {
         node.target.id: comments.get(node.end_lineno or 0, "")
         for node in ast.parse(source).body[0].body  # type: ignore[attr-defined]
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
     }
+    path = f"{cls.__module__}:{cls.__name__}"
+    return {name: ARGUMENT_MEANING.get(f"{path}.{name}") or text for name, text in names.items()}
+
+
+def params_table(path: str) -> str:
+    """Arguments of a method: fields of a `module:dataclass`, their defaults, and what the source says behind each.
+
+    An inherited field has the explanation of the class it comes from.
+    """
+    module_name, _, class_name = path.partition(":")
+    cls = getattr(importlib.import_module(module_name), class_name)
+    said: dict[str, str] = {}
+    for owner in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(owner):
+            said |= field_comments(owner)
     rows = []
     for field in dataclasses.fields(cls):
         meaning = ARGUMENT_MEANING.get(f"{path}.{field.name}") or said[field.name]

@@ -113,6 +113,7 @@ class EvaluationConfig:
     )
     select: str | None = None  # validation metric by which the best round is chosen, e.g. bacc
     hd95: bool = False  # 95th-percentile surface distance in the last evaluation (slow)
+    modality_subsets: str = "last"  # scores on every subset of the modalities: none, last, every
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,7 @@ CHOICES = {
     "optimizer.name": ("sgd", "adam", "adamw"),
     "optimizer.schedule": ("constant", "multistep", "poly"),
     "evaluation.mode": ("separate", "before", "after"),
+    "evaluation.modality_subsets": ("none", "last", "every"),
     "engine.name": ("local", "ray"),
     "engine.precision": ("fp32", "bf16"),
     "tracking.wandb.mode": ("offline", "online", "disabled"),
@@ -208,6 +210,9 @@ BOUNDS = {
     "engine.gpus_per_client": (0, True),
 }
 UPPER = {"federation.fraction": 1.0, "federation.quorum": 1.0}
+
+# How the name of a split begins whose items are shown a subset of their modalities: `test-with+FLAIR+T1`.
+SUBSET_SPLIT = "test-with+"
 
 # Words in the name of a metric of which small values are good.
 SMALLER_IS_BETTER = ("hd95", "missed", "both_empty", "loss", "error")

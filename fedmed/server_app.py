@@ -26,7 +26,7 @@ from fedmed.federation.history import Callback, Journal, start_info
 from fedmed.federation.layout import Layout
 from fedmed.federation.messages import Identity
 from fedmed.federation.rounds import RoundLoop, Scorer
-from fedmed.federation.scoring import score_view
+from fedmed.federation.scoring import score_subsets, score_view
 from fedmed.federation.site import choose_device, client_class, make_addons, make_model
 from fedmed.federation.state import State
 from fedmed.federation.strategy import Strategy
@@ -325,15 +325,20 @@ def _central_scorer(
     # One network for all conditions; each score loads the state anew.
     scored_model, _ = make_model(config, clean.task, len(clean.classes), len(clean.channels), clean.image_size)
     scored_model.to(device)
+    subsets = config.evaluation.modality_subsets
     places = {name: Env(config, d, scored_model, layout, device, activation, "central") for name, d in data.items()}
 
     def scorer(state: State, last: bool) -> dict[str, float]:
-        """Score one global state, on the clean items first."""
+        """Score one global state, on the clean items first (and on every subset of their modalities)."""
         metrics: dict[str, float] = {}
         for condition, env in places.items():
             client = cls(env, Moment(), {})
             client.received = state
-            metrics |= score_view(client, "global", hd95=config.evaluation.hd95 and last, condition=condition)[0]
+            hd95 = config.evaluation.hd95 and last
+            # Scores by class only here: of the few items of a class that a site holds they would say too much.
+            metrics |= score_view(client, "global", hd95=hd95, condition=condition, by_class=True)[0]
+            if not condition and (subsets == "every" or (subsets == "last" and last)):
+                metrics |= score_subsets(client)
         return metrics
 
     return scorer

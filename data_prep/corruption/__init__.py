@@ -2,7 +2,7 @@
 
 A corruption of annotations has `apply(pool, seed) -> Corrupted`. It sees the pooled training items of all clients and
 nothing else: validation and test annotations stay clean. A corruption of images has `apply_images(sites, central, seed)
--> Degraded`. It sees images only, those of all splits: a poor device is poor for every patient.
+-> Degraded`. It sees images of all splits, not annotations: a poor device is poor for every patient.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class TrainPool:
 
     images (N, H, W[, channels]) as stored; targets (N,) int64 labels or (N, H, W) uint8 masks; client (N,) int64
     in [0, K); groups (N,) lesion, patient or case of each item; num_clients K; num_classes C; slices (N,) place of an
-    image in the volume of its case, None where the file does not say.
+    image in the volume of its case, None where the file does not say; active (N, C) of 0/1, which classes an item is
+    annotated for, None: for all; classes (C,) names. Multi-label targets are (N, C) of 0/1.
     """
 
     images: np.ndarray
@@ -32,17 +33,21 @@ class TrainPool:
     num_clients: int
     num_classes: int
     slices: np.ndarray | None = None
+    active: np.ndarray | None = None
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Corrupted:
     """What a corruption returns: targets shaped and typed as in the pool, and one mapping of facts per client.
 
-    Every mapping holds `is_noisy` (bool) and `noise_rate` (0..1, realised); the rest depends on the corruption.
+    Every mapping holds `is_noisy` (bool) and `noise_rate` (0..1, realised); the rest depends on the corruption: numbers,
+    strings and NumPy arrays. active (N, C) of 0/1: which classes the items are annotated for now; None: as before.
     """
 
     targets: np.ndarray
     facts: tuple[Mapping[str, Any], ...]
+    active: np.ndarray | None = None
 
 
 class Corruption(Protocol):
@@ -58,22 +63,27 @@ class Corruption(Protocol):
 @dataclass(frozen=True)
 class ImageStack:
     """Images of a client, or the central ones: images (N, H, W[, C]) as stored; present (N, C) of 0/1, which channels an
-    image really has, None where the file does not say.
+    image really has, None where the file does not say; groups (N,) lesion, patient or case of each image; train (n,)
+    places of the training items.
     """
 
     images: np.ndarray
     present: np.ndarray | None = None
+    groups: np.ndarray | None = None
+    train: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Degraded:
     """What a corruption of images returns: per client its images, shaped and typed as they came, or None where they are
-    as they were, and one mapping of facts (as in `Corrupted`); central: the degraded central images, None without such.
+    as they were, and one mapping of facts (as in `Corrupted`); central: the degraded central images, None without such;
+    present: per client which channels its images have now, (N, C) uint8, None: as before.
     """
 
     images: tuple[np.ndarray | None, ...]
     facts: tuple[Mapping[str, Any], ...]
     central: np.ndarray | None = None
+    present: tuple[np.ndarray, ...] | None = None
 
 
 @runtime_checkable

@@ -100,11 +100,25 @@ class SiteData:
 
     @property
     def active_classes(self) -> np.ndarray:
-        """Classes the site annotates (in at least one image), (L,) bool; all of them when the file does not say."""
+        """Classes the site annotates (in at least one training image, or any where it has none), (L,) bool; all of them
+        when the file does not say.
+        """
         flags = self.extras.get("active_classes")
         if flags is None:
             return np.ones(self.num_classes, dtype=bool)
-        return np.asarray(flags != 0) if flags.ndim == 1 else np.asarray((flags != 0).any(axis=0))
+        rows = self.splits.get("train", ())
+        kept = flags[rows] if flags.ndim == 2 and len(rows) else flags
+        return np.asarray(kept != 0) if kept.ndim == 1 else np.asarray((kept != 0).any(axis=0))
+
+    def annotated(self, batch: Batch) -> torch.Tensor | None:
+        """Which classes each item of a batch is annotated for, (B, L) bool (a 0 of another class says nothing); None
+        when the file does not say.
+        """
+        flags = batch.extras.get("active_classes")
+        if flags is None and "active_classes" in self.extras:  # said of the site as a whole
+            whole = torch.from_numpy(self.active_classes).to(batch.targets.device)
+            return whole.expand(len(batch), -1)
+        return None if flags is None else flags != 0
 
     def num_examples(self, split: str) -> int:
         """Number of images in a split."""

@@ -55,6 +55,7 @@ BASE_LEAVES = (
     Leaf("train/*", "1", "aggregate score on the training split"),
     Leaf("val/*", "1", "aggregate score on the validation split"),
     Leaf("test/*", "1", "aggregate score on the test split"),
+    Leaf("test-*", "1", "aggregate score on the test split under a condition"),
 )
 
 

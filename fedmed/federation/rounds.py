@@ -377,7 +377,10 @@ class RoundLoop:
 
 def _split_scores(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Training metrics and, where evaluation rode along, scores."""
-    scores = {k: v for k, v in metrics.items() if k.split("/", 1)[0] in ("train", "val", "test", "n")}
+    splits = {k: k.split("/", 1)[0] for k in metrics}
+    scores = {
+        k: v for k, v in metrics.items() if splits[k] in ("train", "val", "test", "n") or splits[k].startswith("test-")
+    }
     return {k: v for k, v in metrics.items() if k not in scores}, scores
 
 

@@ -25,7 +25,7 @@ from fedmed.federation.client import AddOn, Client, Env, Moment
 from fedmed.federation.layout import Layout, hand_over
 from fedmed.federation.messages import Identity, code_hash
 from fedmed.federation.personal import PersonalStore
-from fedmed.federation.scoring import Scored, score_view, write_case_files
+from fedmed.federation.scoring import Scored, score_subsets, score_view, write_case_files
 from fedmed.federation.seeding import derive_seed
 from fedmed.federation.state import State, clone_state
 from fedmed.models.build import build_model
@@ -222,7 +222,10 @@ class SiteSession:
 
     def evaluate(self) -> RecordDict:
         """Score the received model (and the personal view of it) and give the aggregates."""
-        metrics = self._scores(self.client.views, final=bool(self.message_config.get("final", False)))
+        final = bool(self.message_config.get("final", False))
+        metrics = self._scores(self.client.views, final=final)
+        if final and self.config.evaluation.modality_subsets != "none":
+            metrics |= score_subsets(self.client)
         self.client.check_leaves({}, metrics)
         return names.pack(metrics={names.NUM_EXAMPLES: metrics.get("n/test", 0), **metrics})
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fedmed.report.values import Record, curve, mean, of_phase, spread, worst
+from fedmed.schema import SUBSET_SPLIT
 
 CLEAN, CORRUPTED = "clean", "corrupted"
 LAST_ROUNDS = 5  # evaluations a `tail` averages; single rounds jump
@@ -19,8 +20,11 @@ _VIEW = "global"  # the only view the coordinator can score
 
 
 def is_condition(name: str) -> bool:
-    """Whether a split, or a metric `<split>/...`, belongs to items under a condition ("test-corrupted")."""
-    return name.split("/", 1)[0].startswith("test-")
+    """Whether a split, or a metric `<split>/...`, belongs to items under a condition ("test-corrupted").
+
+    Items without some of their modalities (`test-with+...`) are none: `fedmed.report.subsets` is about them.
+    """
+    return name.startswith("test-") and not name.startswith(SUBSET_SPLIT)
 
 
 def condition_keys(names: Iterable[str], metric: str) -> dict[str, str]:

@@ -13,6 +13,8 @@ from typing import Any
 
 from fedmed.files import read_history
 from fedmed.report.fairness import fairness, is_condition
+from fedmed.report.personal import personal
+from fedmed.report.subsets import is_subset, subsets
 from fedmed.report.values import Record, curve, mean, mean_curve, number, of_phase, spread, train_examples, worst
 from fedmed.schema import lower_is_better
 
@@ -43,7 +45,7 @@ def judged_prefix(history: Sequence[Record], metric: str | None) -> str | None:
                 prefix, _, name = key.rpartition("/")
                 if prefix and (metric is None or name == metric):
                     prefixes.setdefault(prefix)
-    plain = [p for p in prefixes if not is_condition(p)]  # degraded items never judge a run
+    plain = [p for p in prefixes if not is_condition(p) and not is_subset(p)]  # degraded items never judge a run
     return next((p for split in ("test", "val") for p in plain if p.split("/")[0] == split), next(iter(plain), None))
 
 
@@ -186,6 +188,8 @@ def build_summary(
         "spread": spread(values),
         "central": _central(history, config.evaluation.select),
         "fairness": fairness(history, metric, scores, truth),
+        "subsets": subsets(history, metric),
+        "personal": personal(history, getattr(config.evaluation, "mode", "separate")),
         "notes": notes,
         "examples": train_examples(history),
         "truth": {site: dict(info) for site, info in truth.items()},

@@ -181,6 +181,16 @@ def worst_site(summary: Mapping[str, Any]) -> str:
     return f"{name} ({show(number(sites['worst']))}{', ' + CORRUPTED if corrupted else ''})"
 
 
+def subset_table(summary: Mapping[str, Any]) -> tuple[list[str], Rows]:
+    """Give header and rows of the scores on the subsets of the modalities, their mean, worst and spread; no rows without any."""
+    found = summary.get("subsets") or {}
+    origin = {"central": "central test", "sites": "mean of sites"}.get(found.get("from", ""), "")
+    rows = [[name, show(number(value))] for name, value in found.get("by_subset", {}).items()]
+    if rows:
+        rows += [[label, show(number(found[label]))] for label in ("mean", "worst", "spread")]
+    return ["modalities", f"{found.get('metric')} ({origin})"], rows
+
+
 def weight_table(summary: Mapping[str, Any]) -> tuple[list[str], Rows]:
     """Give header and rows of the weights in the last round beside the shares of the training items; no rows without
     weights in the notes.
@@ -200,8 +210,49 @@ def weight_table(summary: Mapping[str, Any]) -> tuple[list[str], Rows]:
     return header, rows
 
 
+_ORIGINS = {
+    "central": "central test set",
+    "sites": "mean of sites",
+    "trained": "models just trained",
+    "received": "received model and what each site keeps",
+}
+
+
+def pair_table(summary: Mapping[str, Any]) -> tuple[list[str], Rows]:
+    """Give header and rows of generalisation G, specialisation S and their means, a row per metric, the main one first.
+
+    No rows for a method without a personal view.
+    """
+    found = summary.get("personal", {})
+    main = summary.get("main_metric")
+    names = sorted(found, key=lambda name: name != main)  # stable: the others as reported
+    header = ["personalised", "G (global)", "S (personal)", "mean", "harmonic mean"]
+    return header, [[name, *(show(number(found[name][k])) for k in ("G", "S", "mean", "harmonic"))] for name in names]
+
+
+def personal_table(summary: Mapping[str, Any]) -> tuple[list[str], Rows]:
+    """Give header and rows of both views at each site, in the main metric; no rows without a personal view."""
+    metric = summary.get("main_metric")
+    found = summary.get("personal", {}).get(metric, {})
+    rows = [
+        [site, show(number(values["global"])), show(number(values["personal"]))]
+        for site, values in found.get("sites", {}).items()
+    ]
+    return [f"site ({metric})", "global", "personal"], rows
+
+
+def personal_origin(summary: Mapping[str, Any]) -> str:
+    """Say what G and S were scored on; "" for a method without a personal view."""
+    found = summary.get("personal", {})
+    if not found:
+        return ""
+    first = found.get(summary.get("main_metric")) or next(iter(found.values()))
+    where = _ORIGINS.get(first["G_from"], "no global view was scored")
+    return f"G: {where}; S: mean of sites, {_ORIGINS[first['S_from']]}"
+
+
 def render(summary: Mapping[str, Any]) -> str:
-    """Give the closing text of a run for the terminal: per-site table, the facts under it, and fairness."""
+    """Give the closing text of a run for the terminal: per-site table, the facts under it, fairness, and both views."""
     if not summary["sites"]:
         return "\n".join(["no site took part", *facts(summary)])
     header, rows, num_sites = site_table(summary)
@@ -210,6 +261,12 @@ def render(summary: Mapping[str, Any]) -> str:
     header, rows = fairness_table(summary)
     if rows:
         parts += [text_table(header, rows), f"worst site: {worst_site(summary)}"]
+    header, rows = subset_table(summary)
+    parts += [text_table(header, rows, rules=(len(rows) - 3,))] if rows else []
+    for table in (pair_table, personal_table):
+        header, rows = table(summary)
+        parts += [text_table(header, rows)] if rows else []
+    parts += [personal_origin(summary)] if personal_origin(summary) else []
     return "\n".join(parts)
 
 

@@ -81,6 +81,10 @@ def report_text(summary: Mapping[str, Any], drawn: Sequence[Path]) -> str:
     header, rows = tables.fairness_table(summary)
     if rows:
         parts += [tables.markdown_table(header, rows), f"Worst site: {tables.worst_site(summary)}."]
+    for table in (tables.subset_table, tables.pair_table, tables.personal_table):
+        header, rows = table(summary)
+        parts += [tables.markdown_table(header, rows)] if rows else []
+    parts += [f"{tables.personal_origin(summary)}."] if summary.get("personal") else []
     header, rows = tables.weight_table(summary)
     if rows:
         parts += [

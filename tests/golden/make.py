@@ -9,6 +9,7 @@ within one machine, elsewhere.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -39,7 +40,9 @@ def measure(name: str, out: Path) -> dict[str, float]:
     records = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     last = [r["metrics"]["train_loss"] for r in records if r["phase"] == "train" and r["round"] == summary["rounds"]]
     central = {
-        k: v for k, v in summary["central"]["last"].items() if k.startswith("test/") and not k.endswith("both_empty")
+        k: v
+        for k, v in summary["central"]["last"].items()
+        if k.startswith("test/") and not k.endswith("both_empty") and not re.search(r"_\d+$", k)
     }
     scores = central or {f"mean/{summary['main_metric']}": summary["mean"]}
     return {"train_loss": sum(last) / len(last), **scores}
