@@ -79,7 +79,7 @@ def test_configuration_keys_in_backticks_exist(pages: dict[str, str]) -> None:
             if not node:
                 return True  # arguments of a method: checked where they are used
             if part not in node:
-                return key.startswith("client.prox")
+                return key.startswith(("client.prox", "client.npr"))
             node = node[part]
         return True
 
