@@ -204,7 +204,7 @@ def test_arguments(new_client: Any) -> None:
     assert {"lam"} | inherited == {f.name for f in dataclasses.fields(DittoParams)}
     for wrong in (-0.1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="lam >= 0"):
-            DittoParams(wrong)
+            DittoParams(lam=wrong)
     client = with_optimizer(new_client(Ditto, args={"lam": 30.0}), "sgd", lr=0.1)
     with pytest.raises(UserError, match=r"client\.args\.lam=30 with a learning rate of 0\.1 diverges"):
         client.begin_round({}, {})

@@ -141,6 +141,3 @@ def test_a_lost_folder_is_noticed(lab: Any, sites: Path) -> None:
     assert reported(lab, out, "personal_fresh") == {SITES[0]: {}, SITES[1]: {ROUNDS: 1}, SITES[2]: {}}
     row = reported(lab, out, "n_pseudo_neg")[SITES[1]]
     assert 0 < row[ROUNDS] < row[ROUNDS - 1]
-
-
-# ---------------------------------------------------------------------- effect
