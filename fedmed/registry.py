@@ -25,6 +25,8 @@ STRATEGIES: dict[str, str] = {
     "fedga": "strategies.generalization_gap:FedGA",
     "scaffold": "strategies.control_variates:Scaffold",
     "fednova": "strategies.normalized_averaging:FedNova",
+    "fedmlp": "strategies.missing_classes:FedMLP",
+    "passion": "strategies.modality_balance:Passion",
 }
 
 CLIENTS: dict[str, str] = {
@@ -39,15 +41,22 @@ CLIENTS: dict[str, str] = {
     "scaffold": "clients.control_variates:ControlVariates",
     "fednova": "clients.step_count:StepCount",
     "ditto": "clients.personal_model:Ditto",
+    "fedmlp": "clients.missing_classes:MissingClasses",
+    "personal_head": "clients.personal_head:PersonalHead",
+    "fca": "clients.classifier_anchoring:ClassifierAnchoring",
+    "passion": "clients.modality_distillation:ModalityDistillation",
 }
 
 ADDONS: dict[str, str] = {
     "prox": "clients.prox:Proximal",
+    "npr": "clients.prototype_regulariser:PrototypeRegulariser",
 }
 
 MODELS: dict[str, str] = {
     "small_cnn": "fedmed.models.small_cnn:SmallCNN",
     "unet": "fedmed.models.unet:UNet",
+    "two_heads": "fedmed.models.two_heads:TwoHeads",
+    "multi_encoder_unet": "fedmed.models.multi_encoder_unet:MultiEncoderUNet",
 }
 
 LOSSES: dict[str, str] = {
@@ -65,6 +74,7 @@ PARTITIONS: dict[str, str] = {
     "dirichlet": "data_prep.partition:Dirichlet",
     "fednoro": "data_prep.partition:FedNoRoPartition",
     "fedism": "data_prep.partition:FedISMPartition",
+    "natural_dirichlet": "data_prep.partition:NaturalDirichlet",
 }
 
 CORRUPTIONS: dict[str, str] = {
@@ -72,6 +82,8 @@ CORRUPTIONS: dict[str, str] = {
     "contour_noise": "data_prep.corruption.contour_noise:ContourNoise",
     "image_quality": "data_prep.corruption.image_quality:ImageQuality",
     "dropped_annotation": "data_prep.corruption.dropped_annotation:DroppedAnnotation",
+    "missing_classes": "data_prep.corruption.missing_classes:MissingClasses",
+    "missing_modality": "data_prep.corruption.missing_modality:MissingModality",
 }
 
 # Applied before a run; lives in the methods layer, hence by name.
