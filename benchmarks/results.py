@@ -6,8 +6,9 @@ Each (setting, arm, seed) is one ordinary run folder below --out; a finished one
 The value of a run is the mean over its last rounds on the pooled test items, clean unless the metric names a condition.
 
 A comparison file says: base and overrides of all runs; arms (name -> overrides, the first is the baseline); settings (title, overrides, and if
-wanted seeds, arms, and `against`: the setting whose baseline is used); metrics ("bacc", "test-corrupted/bacc", "mean:bacc", "gap:bacc");
-seed_metrics (those of the table by seed, default all); last_rounds; findings (names of FINDINGS below, default [noisy]).
+wanted seeds, arms, and `against`: the setting whose baseline is used); metrics ("bacc", "test-corrupted/bacc", "mean:bacc", "rare:3", "S:bacc",
+"subsets:mean", ...; words before a colon are the keys of KINDS); seed_metrics (those of the table by seed, default all); last_rounds; findings
+(keys of FINDINGS, default [noisy]).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 
 from fedmed.files import read_history, read_json
 from fedmed.report.fairness import balance, condition_keys
-from fedmed.report.values import mean, of_phase, train_examples
+from fedmed.report.values import mean, number, of_phase, train_examples
 
 
 def load_comparison(name: str) -> dict[str, Any]:
@@ -76,16 +77,65 @@ def tail_mean(records: list[dict[str, Any]], key: str, last: int) -> float:
 def value_of(folder: Path, metric: str, last: int) -> float:
     """One value of a run: the mean of a metric over its last rounds, on the pooled test items.
 
-    "bacc" is that of the clean items, "test-corrupted/bacc" of the items under a condition; "mean:bacc" and "gap:bacc" are mean over and gap
-    between clean items and all conditions, after averaging over rounds.
+    "bacc" is that of the clean items, "test-corrupted/bacc" of the items under a condition; a word before a colon names one of KINDS.
     """
-    records = [r for r in read_history(folder) if r["phase"] == "central"]
     kind, _, name = metric.rpartition(":")
-    if not kind:
-        return tail_mean(records, full_name(metric), last)
+    if kind:
+        return KINDS[kind](folder, name, last)
+    return tail_mean(central_records(folder), full_name(metric), last)
+
+
+def central_records(folder: Path) -> list[dict[str, Any]]:
+    """The evaluations on pooled test items."""
+    return [r for r in read_history(folder) if r["phase"] == "central"]
+
+
+def over_conditions(folder: Path, name: str, last: int) -> tuple[float, float]:
+    """Mean over, and gap between, the clean items and all conditions, after averaging over rounds."""
+    records = central_records(folder)
     keys = condition_keys((key for r in records for key in r["metrics"]), name)
-    middle, gap = balance({condition: tail_mean(records, key, last) for condition, key in keys.items()})
-    return {"mean": middle, "gap": gap}[kind]
+    return balance({condition: tail_mean(records, key, last) for condition, key in keys.items()})
+
+
+def rare_recall(folder: Path, number: str, last: int) -> float:
+    """Mean recall of the `number` classes with the fewest training items."""
+    from fedmed.config import load_config
+    from fedmed.data.site_file import SiteFile
+    from fedmed.engines.prepare import site_file
+
+    with SiteFile.open(site_file(load_config(folder / "config.yaml"))) as file:
+        splits = [file.site(info.name, allow_empty_train=True).split("train") for info in file.sites]
+        counts = sum(split.class_counts() for split in splits)
+    records = central_records(folder)
+    return mean(
+        tail_mean(records, f"test/global/recall_{c}", last) for c in counts.argsort(kind="stable")[: int(number)]
+    )
+
+
+def of_personal(folder: Path, name: str, which: str) -> float:
+    """G or S of a run with personal models, last round; S of a run without: its sites' own scores of the global model."""
+    found = read_json(folder / "summary.json")
+    pairs = found.get("personal") or {}
+    if name in pairs:
+        return number(pairs[name][which])
+    scores = [number(site.get(name)) for site in found["sites"].values()]
+    return mean(scores) if which == "S" else tail_mean(central_records(folder), full_name(name), 1)
+
+
+def of_subsets(folder: Path, which: str, last: int) -> float:
+    """mean, spread or worst over the subsets of the modalities, last round."""
+    return number(read_json(folder / "summary.json").get("subsets", {}).get(which))
+
+
+# What a word before the colon of a metric means: function of (folder, what follows, last rounds).
+KINDS: dict[str, Callable[[Path, str, int], float]] = {
+    "mean": lambda folder, name, last: over_conditions(folder, name, last)[0],
+    "gap": lambda folder, name, last: over_conditions(folder, name, last)[1],
+    "rare": rare_recall,
+    "G": lambda folder, name, last: of_personal(folder, name, "G"),
+    "S": lambda folder, name, last: of_personal(folder, name, "S"),
+    "subsets": of_subsets,
+}
 
 
 def spread(values: list[float]) -> str:
@@ -249,12 +299,49 @@ def corrected(folder: Path) -> list[str]:
     return [str(len(counts)), str(sum(counts))]
 
 
+def tags(folder: Path) -> list[str]:
+    """FedMLP's pseudo-labels against the reference: share of true ones among the positive and the negative tags, beside that of chance."""
+    pairs = [pair for path in sorted(folder.glob("sites/*/personal")) for pair in site_tags(folder, path)]
+    positive, negative = ([truth for tag, truth in pairs if tag == kind] for kind in (2, 1))
+    chance = mean(float(truth) for _, truth in pairs)
+    right = mean(map(float, positive)), 1.0 - mean(map(float, negative))
+    return [
+        f"{shown(right[0])} of {len(positive)}",
+        shown(chance),
+        f"{shown(right[1])} of {len(negative)}",
+        shown(1.0 - chance),
+    ]
+
+
+def site_tags(folder: Path, personal: Path) -> list[tuple[int, int]]:
+    """(tag, true label) of every training item and class a site does not annotate; 0 no tag, 1 negative, 2 positive."""
+    import h5py
+
+    from clients.missing_classes import TAGS
+    from fedmed.config import folder_name, load_config
+    from fedmed.data.site_file import SiteFile
+    from fedmed.engines.prepare import site_file
+    from fedmed.federation.checkpoint import read_safetensors
+
+    kept = read_safetensors(max(personal.glob("round-*")) / "personal.safetensors").get(TAGS)
+    if kept is None:
+        return []
+    path = site_file(load_config(folder / "config.yaml"))
+    with SiteFile.open(path) as file, h5py.File(path, "r") as raw:
+        info = next(i for i in file.sites if folder_name(i.name) == personal.parent.name)
+        group, rows = raw[info.group], file.site(info.name).split("train").index.numpy()
+        missing = group["active_classes"][()][rows] == 0
+        truth = group["reference"]["label"][()][rows]
+    return list(zip(kept.numpy()[missing].tolist(), truth[missing].tolist(), strict=True))
+
+
 FINDINGS = {
     "noisy": Finding(("precision", "recall", "groups", "largest weight"), noisy),
     "weight_on_corrupted": Finding(("weight on corrupted", "their share of examples"), weight_on_corrupted),
     "sharpness_ratio": Finding(("sharpness corrupted / clean",), sharpness_ratio),
     "worst_site": Finding(("worst site",), worst_site),
     "completeness_rank": Finding(("rank correlation of completeness",), completeness_rank),
+    "tags": Finding(("positive tags right", "chance", "negative tags right", "chance"), tags),
     "corrected": Finding(("sites that corrected", "pixels"), corrected),
 }
 

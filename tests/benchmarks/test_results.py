@@ -158,7 +158,7 @@ def test_findings_without_anything_to_find(tmp_path: Path) -> None:
     cells = {name: finding.cells(folder) for name, finding in results.FINDINGS.items()}
     assert cells == {
         "noisy": ["–"] * 4, "weight_on_corrupted": ["–", "0.00"], "sharpness_ratio": ["–"], "worst_site": ["–"],
-        "completeness_rank": ["–"], "corrected": ["0", "0"],
+        "completeness_rank": ["–"], "corrected": ["0", "0"], "tags": ["– of 0", "–", "– of 0", "–"],
     }  # fmt: skip
     for name, finding in results.FINDINGS.items():
         assert len(finding.columns) == len(cells[name])
@@ -208,3 +208,19 @@ def test_stored_comparisons_are_valid_experiments(name: str, tmp_path: Path, mon
         params_from(rule.Params, config.strategy.args, "strategy.args")
         params_from(client.Params, config.client.args, "client.args")
         assert set(rule.requires) <= {leaf.name for leaf in declared_leaves(client, {})}
+
+
+def test_personal_and_subset_values(tmp_path: Path) -> None:
+    central = [{"test/global/bacc": 0.25}, {"test/global/bacc": 0.5}]
+    folder = write_run(tmp_path / "a", central, [])
+    summary = json.loads((folder / "summary.json").read_text())
+    summary |= {"sites": {"a": {"bacc": 0.2}, "b": {"bacc": 0.4}}, "subsets": {"mean": 0.7, "spread": None}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert results.value_of(folder, "S:bacc", 2) == pytest.approx(0.3)  # no personal models: the sites' own scores
+    assert results.value_of(folder, "G:bacc", 2) == 0.5
+    assert results.value_of(folder, "subsets:mean", 2) == 0.7
+    assert math.isnan(results.value_of(folder, "subsets:spread", 2)) and math.isnan(
+        results.value_of(folder, "subsets:x", 2)
+    )
+    (folder / "summary.json").write_text(json.dumps({**summary, "personal": {"bacc": {"G": 0.1, "S": 0.9}}}))
+    assert (results.value_of(folder, "G:bacc", 2), results.value_of(folder, "S:bacc", 2)) == (0.1, 0.9)
