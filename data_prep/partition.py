@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -62,6 +63,7 @@ class Pool:
 class _PooledPartition:
     """Shared half of the partitions that pool all sites into `num_clients` clients."""
 
+    test_like_train: ClassVar[bool] = False  # validation and test items are dealt evenly
     num_clients: int
 
     def total(self, num_sites: int) -> int:
@@ -143,6 +145,7 @@ class Iid(_PooledPartition):
 class _NaturalPartition:
     """Shared half of the partitions that cut each site into clients of its own."""
 
+    test_like_train: bool = False  # validation and test items are dealt evenly
     clients_per_site: int | list[int]
 
     def counts(self, num_sites: int) -> list[int]:
@@ -184,6 +187,7 @@ class NaturalDirichlet(_NaturalPartition):
     clients_per_site: int | list[int] = 3  # >= 1, one number or one per site, our choice
     alpha: float = 0.5  # > 0, our choice; small: strong skew
     min_items: int = 8  # training items every client has at least, >= 0, our choice
+    test_like_train: bool = True  # validation and test items of a class as its training items; false: evenly
     seed: int | None = None  # legacy seed >= 0; None: from the run's seed
 
     def assign(self, pool: Pool, rng: Rng) -> np.ndarray:

@@ -22,7 +22,7 @@ import numpy as np
 
 from data_prep.corrupt import CORRUPTED, corrupt, corrupt_images
 from data_prep.corruption import Corruption, ImageCorruption
-from data_prep.deal import iid_partition
+from data_prep.held_out import deal_alike, deal_evenly
 from data_prep.items import Items, pool, read_items, shrink, site_arrays, take
 from data_prep.partition import Natural, NaturalDirichlet, Partition, Pool
 from data_prep.seeding import Seed
@@ -186,7 +186,7 @@ def cut(sites: Sequence[Items], num_classes: int, partition: Partition, seed: Se
     """Clients client_00, client_01, ... of a partition.
 
     Training items go where the partition says; validation and test items are dealt at random in nearly equal parts, to
-    all clients, or (natural partitions) to those of their own site.
+    all clients, or (natural partitions) to those of their own site, or there as the training items of their class are.
     """
     pooled, site_of = pool(sites)
     labels = pooled.arrays.get("label")
@@ -199,12 +199,12 @@ def cut(sites: Sequence[Items], num_classes: int, partition: Partition, seed: Se
     client[train] = partition.assign(view, seed.rng("partition", partition.seed))
     for split in SPLITS[1:]:
         members, rng = pooled.splits[split], base.rng(f"deal/{split}")
-        if owners is None:
-            client[members] = iid_partition(len(members), total, rng)
-            continue
-        for site in range(len(sites)):
-            own, clients = members[site_of[members] == site], np.flatnonzero(owners == site)
-            client[own] = clients[iid_partition(len(own), len(clients), rng)]
+        if known is not None and labels is not None and owners is not None and partition.test_like_train:
+            counts = np.zeros((total, num_classes), dtype=np.int64)
+            np.add.at(counts, (client[train], known), 1)
+            client[members] = deal_alike(labels[members], site_of[members], counts, owners, rng)
+        else:
+            client[members] = deal_evenly(site_of[members], total, owners, rng)
     digits = max(2, len(str(total - 1)))
     return [
         take(
