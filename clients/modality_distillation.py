@@ -61,11 +61,14 @@ class ModalityDistillationParams:
 class MultiEncoder(Protocol):
     """What the client needs of a model, see `fedmed.models.multi_encoder_unet`."""
 
-    def encode(self, images: Tensor, present: Tensor | None = None) -> list[Tensor]: ...
-    def decode(
-        self, levels: Sequence[Tensor], present: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, list[Tensor]]: ...
-    def decode_single(self, levels: Sequence[Tensor], modality: int) -> Tensor: ...
+    def encode(self, images: Tensor, present: Tensor | None = None) -> list[Tensor]:
+        """Maps of every modality at every level."""
+
+    def decode(self, levels: Sequence[Tensor], present: Tensor | None = None) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Logits, features and side logits of the modalities that are present."""
+
+    def decode_single(self, levels: Sequence[Tensor], modality: int) -> Tensor:
+        """Logits of the uni-modal decoder."""
 
 
 class ItemLosses(NamedTuple):

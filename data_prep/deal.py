@@ -228,5 +228,6 @@ def _check_alpha(alpha: float) -> None:
 
 
 def check_clients(num_clients: int) -> None:
+    """Raise UserError unless there is at least one client."""
     if num_clients < 1:
         raise UserError(f"partition: num_clients must be >= 1, got {num_clients}. Set data.partition.args.num_clients.")
