@@ -53,7 +53,7 @@ test: dev
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-slow: dev
-	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m slow -n auto --maxprocesses 4 --dist loadgroup $(PYTEST_ARGS)
 
 lint: dev
 	@$(BIN)/ruff check .

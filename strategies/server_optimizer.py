@@ -106,7 +106,7 @@ class ServerOptimizer(Strategy):
 
 
 class FedAvgM(ServerOptimizer):
-    """Server momentum: m ← β·m + Δ, w ← w + η·m."""
+    """Server momentum: m ← β·m + Δ, w ← w + η·m. One reply in memory besides the running sum, and one moment."""
 
     Params = FedAvgMParams
 
@@ -117,7 +117,7 @@ class FedAvgM(ServerOptimizer):
 
 
 class FedAdam(ServerOptimizer):
-    """Server Adam: m ← β₁·m + (1 − β₁)·Δ, v ← β₂·v + (1 − β₂)·Δ², w ← w + η·m / (√v + τ)."""
+    """Server Adam: m ← β₁·m + (1 − β₁)·Δ, v ← β₂·v + (1 − β₂)·Δ², w ← w + η·m / (√v + τ). Memory: as FedAvgM, two moments."""
 
     Params = FedAdamParams
 

@@ -112,6 +112,7 @@ def own_tail_recall(out: Path, path: Path, view: str) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_npr_is_reduced_and_does_not_cost_the_tail(tmp_path: Path) -> None:
     term: dict[float, list[float]] = {0.05: [], 1e-6: []}
     recall: dict[float, list[float]] = {0.05: [], 1e-6: []}
@@ -127,6 +128,7 @@ def test_npr_is_reduced_and_does_not_cost_the_tail(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_fca_anchors_the_federated_head_and_serves_the_tail_at_the_sites(tmp_path: Path) -> None:
     plain = ["model.name=small_cnn", "model.args=null", "client.name=supervised", "client.args=null", *LOSS]
     recall: dict[str, list[float]] = {"personal": [], "plain": []}
@@ -155,6 +157,7 @@ def last_term(history: Records, name: str) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_passion_serves_the_subsets_more_evenly(tmp_path: Path) -> None:
     plain = ["strategy.name=fedavg", "strategy.args=null", "client.args.mode=plain"]
     narrowed = []

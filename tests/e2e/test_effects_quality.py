@@ -63,6 +63,7 @@ def weights_by_formula(history: list[dict[str, Any]], q: float, beta: float) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_fedism_follows_the_sharpness_and_narrows_the_gap(tmp_path: Path) -> None:
     narrowed = []
     for seed in FEDISM_SEEDS:
@@ -81,6 +82,7 @@ def test_fedism_follows_the_sharpness_and_narrows_the_gap(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("seed", FEDIA_SEEDS)
 def test_fedia_ranks_the_sites_and_completes_their_masks(seed: int, tmp_path: Path) -> None:
     out = tmp_path / "run"
