@@ -302,6 +302,8 @@ def corrected(folder: Path) -> list[str]:
 def tags(folder: Path) -> list[str]:
     """FedMLP's pseudo-labels against the reference: share of true ones among the positive and the negative tags, beside that of chance."""
     pairs = [pair for path in sorted(folder.glob("sites/*/personal")) for pair in site_tags(folder, path)]
+    if not pairs:
+        return ["–"] * 4
     positive, negative = ([truth for tag, truth in pairs if tag == kind] for kind in (2, 1))
     chance = mean(float(truth) for _, truth in pairs)
     right = mean(map(float, positive)), 1.0 - mean(map(float, negative))
