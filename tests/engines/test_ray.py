@@ -314,7 +314,14 @@ def test_signals_end_everything_first(
             super().append(line)
             os.kill(os.getpid(), number)
 
-    home, raised = go(programs, "hangs", tmp_path, lines=Signalling())
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell starts what runs in the background with SIGINT ignored
+    try:
+        home, raised = go(programs, "hangs", tmp_path, lines=Signalling())
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert type(raised) is kind and gone(home)
     if isinstance(raised, SystemExit):
         assert raised.code == 128 + number
