@@ -100,7 +100,7 @@ def test_ray_gives_the_model_of_the_local_engine_and_tells_of_every_round(cached
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("processes")
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["feda3i", "fedbn"])
 def test_other_methods_are_the_same_on_ray(name: str, cached: Path, tmp_path: Path) -> None:
     for engine in ("local", "ray"):
@@ -110,7 +110,7 @@ def test_other_methods_are_the_same_on_ray(name: str, cached: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("processes")
+@pytest.mark.processes
 def test_a_run_stopped_on_ray_goes_on_there_to_the_same_end(cached: Path, tmp_path: Path) -> None:
     more = "federation.rounds=12"
     assert main(words("fednoro", tmp_path / "local", "local", more)) == 0
@@ -137,7 +137,7 @@ def test_a_run_stopped_on_ray_goes_on_there_to_the_same_end(cached: Path, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("processes")
+@pytest.mark.processes
 def test_what_only_the_sites_can_refuse_comes_back_as_one_line(
     cached: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

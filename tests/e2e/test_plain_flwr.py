@@ -75,7 +75,7 @@ def test_both_pages_show_the_same_commands_with_all_switches() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("processes")
+@pytest.mark.processes
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the SuperLink is looked up in /proc")
 def test_the_documented_commands_leave_a_complete_run_folder(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
@@ -122,7 +122,7 @@ def test_the_documented_commands_leave_a_complete_run_folder(home: Path, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("processes")
+@pytest.mark.processes
 def test_the_bundle_holds_the_packages_and_experiments_and_nothing_else(home: Path, tmp_path: Path) -> None:
     left_out = shutil.ignore_patterns(
         ".git", ".venv", ".*_cache", "__pycache__", "runs", "demo-report", "build", "dist", "wandb"

@@ -26,7 +26,7 @@ TINY = [
     "engine.device=cpu",
 ]
 Call = Callable[..., str]
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
+pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
 
 @pytest.fixture(scope="module")

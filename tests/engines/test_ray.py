@@ -399,7 +399,7 @@ def folders() -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("processes")
+@pytest.mark.processes
 def test_real_run_completes_with_awkward_text_and_an_empty_working_directory(standin: Path, tmp_path: Path) -> None:
     before, lines = folders(), list[str]()
     text = "name: \"quoted\"\nµ: '日本語 \U0001f600'\n# back\\slash\n"
@@ -410,7 +410,7 @@ def test_real_run_completes_with_awkward_text_and_an_empty_working_directory(sta
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("processes")
+@pytest.mark.processes
 def test_real_failures_come_with_their_reason(standin: Path, tmp_path: Path) -> None:
     before = folders()
     with pytest.raises(FedMedError, match=r"the ray run failed: 1 broken\n(.*\n)*.*site_2 has no pixels"):
@@ -421,7 +421,7 @@ def test_real_failures_come_with_their_reason(standin: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("processes")
+@pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_real_run_that_is_interrupted_leaves_nothing(standin: Path, tmp_path: Path, number: signal.Signals) -> None:
     code = (
