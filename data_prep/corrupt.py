@@ -8,23 +8,38 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.corruption import Corruption, ImageCorruption, ImageStack, TrainPool
+from data_prep.corruption import (
+    Corruption,
+    ImageCorruption,
+    ImageStack,
+    TrainPool,
+    WeakAnnotation,
+    WeakSite,
+)
 from data_prep.items import Items
 from data_prep.seeding import Seed
 from fedmed.data.site_file import CENTRAL
 from fedmed.errors import UserError
 
 CORRUPTED = "corrupted"  # the condition under which all central images are degraded
+WEAK = ("scribble", "box")  # annotations that may take the place of masks
 
 
 def corrupt(
-    sites: Sequence[Items], task: str, classes: Sequence[str], corruption: Corruption, annotation: str, seed: Seed
+    sites: Sequence[Items],
+    task: str,
+    classes: Sequence[str],
+    corruption: Corruption | WeakAnnotation,
+    annotation: str,
+    seed: Seed,
 ) -> list[Items]:
     """Corrupt the training annotations of all sites; the clean ones go to each site's reference. `classes`: their names.
 
     UserError when the corruption is for another task, or training would read another annotation.
     """
     _check_task(corruption, task)
+    if isinstance(corruption, WeakAnnotation):
+        return _annotate(sites, classes, corruption, annotation, seed)
     key = {"segmentation": "mask"}.get(task, "label")
     name = type(corruption).__name__
     for site in sites:
@@ -34,8 +49,21 @@ def corrupt(
                 f"data.corruption: {name} changes {key}, but site {site.name} would train on {read}. "
                 f"Set data.annotation={key} or leave the corruption out."
             )
+    pooled = _train_pool(sites, key, classes)
+    result = corruption.apply(pooled, seed)
+    noisy = [
+        _with_noise(site, key, result.targets[pooled.client == index], result.facts[index])
+        for index, site in enumerate(sites)
+    ]
+    if result.active is None:
+        return noisy
+    return [_with_active(site, result.active[pooled.client == index]) for index, site in enumerate(noisy)]
+
+
+def _train_pool(sites: Sequence[Items], key: str, classes: Sequence[str]) -> TrainPool:
+    """The training items of all sites, with the annotation `key` as targets."""
     train = [site.splits["train"] for site in sites]
-    pooled = TrainPool(
+    return TrainPool(
         images=np.concatenate([site.arrays["image"][rows] for site, rows in zip(sites, train, strict=True)]),
         targets=np.concatenate([site.arrays[key][rows] for site, rows in zip(sites, train, strict=True)]),
         client=np.repeat(np.arange(len(sites)), [len(rows) for rows in train]),
@@ -48,14 +76,6 @@ def corrupt(
         active=_pooled_active(sites, len(classes)),
         classes=tuple(classes),
     )
-    result = corruption.apply(pooled, seed)
-    noisy = [
-        _with_noise(site, key, result.targets[pooled.client == index], result.facts[index])
-        for index, site in enumerate(sites)
-    ]
-    if result.active is None:
-        return noisy
-    return [_with_active(site, result.active[pooled.client == index]) for index, site in enumerate(noisy)]
 
 
 def _active(site: Items, num_classes: int) -> np.ndarray:
@@ -82,6 +102,78 @@ def _with_noise(site: Items, key: str, noisy: np.ndarray, facts: Mapping[str, An
     target[site.splits["train"]] = noisy
     reference = {key: clean, **site.reference}  # a source that carries a cleaner reference keeps it
     return dataclasses.replace(site, arrays={**site.arrays, key: target}, reference=reference, facts=dict(facts))
+
+
+def _annotate(
+    sites: Sequence[Items], classes: Sequence[str], corruption: WeakAnnotation, annotation: str, seed: Seed
+) -> list[Items]:
+    """Sites with weak annotation of their training items; full masks of these lie in the reference only.
+
+    UserError: a site without masks, or training that is told to read one annotation everywhere.
+    """
+    name = type(corruption).__name__
+    if annotation != "auto":
+        raise UserError(
+            f"data.corruption: {name} decides what each site trains on, but data.annotation={annotation}. "
+            "Set data.annotation=auto."
+        )
+    for site in sites:
+        if "mask" not in site.arrays:
+            raise UserError(
+                f"data.corruption: {name} draws from full masks, but site {site.name} has no dataset mask. "
+                "Leave the corruption out."
+            )
+        masks = site.arrays["mask"][site.splits["train"]]
+        if masks.size and (masks >= len(classes)).all():
+            raise UserError(
+                f"data.corruption: {name} draws from full masks, but those of site {site.name} are withheld. "
+                "Set data.path to the file they were derived from."
+            )
+    pooled = _train_pool(sites, "mask", classes)
+    drawn = [_weak_dataset(site) for site in sites]
+    if any(drawn):
+        parts = [
+            np.minimum(site.arrays[key][site.splits["train"]], len(classes)).astype(np.uint8)
+            if key
+            else np.full(site.arrays["mask"][site.splits["train"]].shape, len(classes), dtype=np.uint8)
+            for site, key in zip(sites, drawn, strict=True)
+        ]
+        pooled = dataclasses.replace(pooled, weak=np.concatenate(parts), weak_in=tuple(drawn))
+    results = corruption.annotate(pooled, seed)
+    return [_with_weak(site, weak, len(classes)) for site, weak in zip(sites, results, strict=True)]
+
+
+def _weak_dataset(site: Items) -> str:
+    """Name of the weak annotation a site has already: the one it says it is trained on, else the first; "": none."""
+    shape = site.arrays["mask"].shape
+    there = [key for key in WEAK if key in site.arrays and site.arrays[key].shape == shape]
+    named = str(site.attrs.get("annotation", ""))
+    return named if named in there else next(iter(there), "")
+
+
+def _with_weak(site: Items, weak: WeakSite, num_classes: int) -> Items:
+    """The site as its annotators left it: no other weak annotation, and masks of validation and test items only.
+
+    Rows of other splits in the new datasets say that nothing is drawn; so do the mask's rows of training items.
+    """
+    mask, train = site.arrays["mask"], site.splits["train"]
+    attrs = {**site.attrs, "annotation": weak.annotation, "label_kind": weak.label_kind}
+    if weak.annotation == "mask":
+        return dataclasses.replace(site, attrs=attrs, facts=dict(weak.facts))
+    arrays = {key: values for key, values in site.arrays.items() if key not in WEAK or key == weak.annotation}
+    nothing = max(num_classes, int(mask.max(initial=0)))  # the file's own value for "not annotated" may be larger
+    arrays["mask"] = mask.astype(np.promote_types(mask.dtype, np.uint8))  # a copy; a bool mask has no third value
+    arrays["mask"][train] = nothing
+    attrs["ignore_value_in_mask"] = nothing
+    if weak.targets is not None:
+        arrays[weak.annotation] = np.full(mask.shape, num_classes, dtype=np.uint8)
+        arrays[weak.annotation][train] = weak.targets
+        attrs[f"ignore_value_in_{weak.annotation}"] = num_classes
+    for key, values in weak.extras.items():
+        arrays[key] = np.zeros((site.size, *values.shape[1:]), dtype=values.dtype)
+        arrays[key][train] = values
+    reference = {"mask": mask, **site.reference}
+    return dataclasses.replace(site, arrays=arrays, reference=reference, attrs=attrs, facts=dict(weak.facts))
 
 
 def corrupt_images(
@@ -126,7 +218,7 @@ def _with_present(site: Items, present: np.ndarray) -> Items:
     return dataclasses.replace(site, arrays={**site.arrays, "modality_present": present}, reference=reference)
 
 
-def _check_task(corruption: Corruption | ImageCorruption, task: str) -> None:
+def _check_task(corruption: Corruption | ImageCorruption | WeakAnnotation, task: str) -> None:
     if task not in corruption.tasks:
         name, tasks = type(corruption).__name__, ", ".join(corruption.tasks)
         raise UserError(f"data.corruption: {name} is for {tasks} files, this file is for {task}.")

@@ -84,6 +84,7 @@ CORRUPTIONS: dict[str, str] = {
     "dropped_annotation": "data_prep.corruption.dropped_annotation:DroppedAnnotation",
     "missing_classes": "data_prep.corruption.missing_classes:MissingClasses",
     "missing_modality": "data_prep.corruption.missing_modality:MissingModality",
+    "weak_labels": "data_prep.corruption.weak_labels:WeakLabels",
 }
 
 # Applied before a run; lives in the methods layer, hence by name.

@@ -2,13 +2,14 @@
 
 A corruption of annotations has `apply(pool, seed) -> Corrupted`. It sees the pooled training items of all clients and
 nothing else: validation and test annotations stay clean. A corruption of images has `apply_images(sites, central, seed)
--> Degraded`. It sees images of all splits, not annotations: a poor device is poor for every patient.
+-> Degraded`. It sees images of all splits, not annotations: a poor device is poor for every patient. Weak annotation has
+`annotate(pool, seed) -> tuple of WeakSite`: training then reads another dataset, and the full masks are withheld from it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -23,7 +24,9 @@ class TrainPool:
     images (N, H, W[, channels]) as stored; targets (N,) int64 labels or (N, H, W) uint8 masks; client (N,) int64
     in [0, K); groups (N,) lesion, patient or case of each item; num_clients K; num_classes C; slices (N,) place of an
     image in the volume of its case, None where the file does not say; active (N, C) of 0/1, which classes an item is
-    annotated for, None: for all; classes (C,) names. Multi-label targets are (N, C) of 0/1.
+    annotated for, None: for all; classes (C,) names. Multi-label targets are (N, C) of 0/1. weak (N, H, W) uint8: the weak
+    annotation the file has already, C where nothing is drawn, None where no client has any; weak_in: name of its dataset
+    per client, "" without one.
     """
 
     images: np.ndarray
@@ -35,6 +38,8 @@ class TrainPool:
     slices: np.ndarray | None = None
     active: np.ndarray | None = None
     classes: tuple[str, ...] = ()
+    weak: np.ndarray | None = None
+    weak_in: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,4 +99,31 @@ class ImageCorruption(Protocol):
 
     def apply_images(self, sites: Sequence[ImageStack], central: ImageStack | None, seed: Seed) -> Degraded:
         """Degrade images of some clients, and all of `central`; all randomness comes from `seed`."""
+        ...
+
+
+@dataclass(frozen=True)
+class WeakSite:
+    """What training reads at one client with n training items from now on.
+
+    annotation: name of the dataset ("scribble", "box"; "mask": the full masks stay); label_kind: how it was made; targets
+    (n, H, W) uint8, C where nothing is drawn, None: what the file has under that name stays; extras: further arrays
+    (n, ...) of the training items; facts as in `Corrupted`.
+    """
+
+    annotation: str
+    label_kind: str
+    targets: np.ndarray | None
+    facts: Mapping[str, Any]
+    extras: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+@runtime_checkable
+class WeakAnnotation(Protocol):
+    """Parametrised weak annotation in the place of full masks; `tasks` are the kinds of site files it applies to."""
+
+    tasks: ClassVar[tuple[str, ...]]
+
+    def annotate(self, pool: TrainPool, seed: Seed) -> tuple[WeakSite, ...]:
+        """Weak labels of every client from its full masks; all randomness comes from `seed`."""
         ...

@@ -221,6 +221,15 @@ def check_labels(
     )
 
 
+def check_not_withheld(masks: np.ndarray, ignore_value: int, where: str) -> None:
+    """Refuse training masks (n, H, W) none of whose pixels says anything: the site was given weak annotation instead."""
+    if masks.size and (masks == ignore_value).all():
+        raise UserError(
+            f"{where}: the masks of its training images are withheld, it has weak annotation instead. "
+            "Set data.annotation=auto."
+        )
+
+
 def _second(values: np.ndarray, highest: int) -> int:
     """Largest value below `highest` (0 when there is none)."""
     rest = values[values != highest]

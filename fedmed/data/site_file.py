@@ -1,13 +1,12 @@
-"""Site files: HDF5 files with one site at the root (a hospital) or several in groups `site_*` (a simulation), opened
-lazily.
+"""Site files: HDF5, one site at the root (a hospital) or several in groups `site_*` (a simulation), opened lazily.
 
 Layout `fedmed-data-1`. Root attributes: task, classes (JSON), channels (JSON), image_size (JSON), layout_version,
 optionally name, recipe (JSON), ignore_value, ignore_value_in_<annotation>. Datasets of a site: image (N,H,W[,C]), at
 least one of mask, label, scribble, box; optional item_id, group_id, modality_present (N,C), active_classes (L,) or
 (N,L) of 0/1, anything else per item. Attributes of a site: site_name, train_idx, val_idx, test_idx, optionally
-annotation (what "auto" reads) and label_kind (how that was made, e.g. "block"). Clean references lie under `reference/`
-in the group and are read by `read_truth` only. A group `central` may pool clean validation and test images of all
-sites; groups `central_<name>` hold them again under other conditions (degraded, ...).
+annotation (what "auto" reads), label_kind (how that was made) and ignore values of its own. Clean references lie under
+`reference/` in the group and are read by `read_truth` only. A group `central` may pool clean validation and test images
+of all sites; groups `central_<name>` hold them again under other conditions (degraded, ...).
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from fedmed.data.site_checks import (
     TASKS,
     check_header,
     check_labels,
+    check_not_withheld,
     choose_annotation,
     open_hdf5,
     read_json,
@@ -207,9 +207,7 @@ class SiteFile:
         self.image_size: tuple[int, int] = (int(size[0]), int(size[1]))
         self.recipe: dict[str, Any] | None = json.loads(attrs["recipe"]) if "recipe" in attrs else None
         self.central = CENTRAL in file
-        self.conditions = tuple(
-            sorted(key.removeprefix(f"{CENTRAL}_") for key in file if key.startswith(f"{CENTRAL}_"))
-        )
+        self.conditions = tuple(sorted(k.removeprefix(f"{CENTRAL}_") for k in file if k.startswith(f"{CENTRAL}_")))
         self.sites = tuple(self._info(group) for group in groups)
         names = [site.name for site in self.sites]
         twice = {name for name in names if names.count(name) > 1}
@@ -263,6 +261,9 @@ class SiteFile:
             )
         chosen = choose_annotation(node, annotation, where, self.task)
         target, ignore = self._load(node, chosen, where)
+        splits = read_splits(node, where, info.n)
+        if chosen == "mask" and ignore is not None:
+            check_not_withheld(target[splits["train"]], ignore, where)
         truth = "mask" if self.task == "segmentation" else "label"
         eval_target = None if truth == chosen or truth not in node else self._load(node, truth, where)[0]
         kind = node.attrs.get("label_kind") if annotation in ("auto", node.attrs.get("annotation")) else None
@@ -283,7 +284,7 @@ class SiteFile:
             target=target,
             item_id=item_id,
             group_id=_strings(node, "group_id") or list(item_id),
-            splits=read_splits(node, where, info.n),
+            splits=splits,
             extras=extras,
             mean=mean,
             std=std,
@@ -334,7 +335,8 @@ class SiteFile:
         raise UserError(f"{self.path} has no site {name!r}{nearest(name, known)}")
 
     def _load(self, node: h5py.Group, name: str, where: str) -> tuple[np.ndarray, int | None]:
-        declared = self._file.attrs.get(f"ignore_value_in_{name}", self._file.attrs.get("ignore_value"))
+        keys = ((holder, f"ignore_value{part}") for part in (f"_in_{name}", "") for holder in (node, self._file))
+        declared = next((holder.attrs[key] for holder, key in keys if key in holder.attrs), None)
         # weak annotations may leave pixels undrawn even when the file does not say so: their value is then L
         weak = self.task == "segmentation" and name != "mask"
         ignore = int(declared) if declared is not None else (len(self.classes) if weak else None)

@@ -17,6 +17,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
     [
         ("aggregation.py", ["streaming mean = naive loop", "streaming mean = Flower's averaging", "dtypes"]),
         ("round_overhead.py", ["engine = bare loop, bit for bit", "leave the model as it was"]),
+        ("losses.py", ["gated CRF = unfold form"]),
     ],
 )
 def test_equality_checks_of_the_benchmarks(script: str, checks: list[str]) -> None:
