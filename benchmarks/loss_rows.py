@@ -6,6 +6,7 @@ what `extra_mib` runs in a process of its own.
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import torch
 
 MIB = 2**20
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -80,3 +82,24 @@ def print_growth(calls: Mapping[str, Callable[[], Callable[[], Any]]], name: str
 def _bytes(key: str) -> int:
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024
+
+
+def main(
+    doc: str | None,
+    calls: Callable[[], Mapping[str, Callable[[], Callable[[], Any]]]],
+    measure: Callable[[bool, int], list[Row]],
+) -> None:
+    """The command line of such a script: check, then time; with `--memory` one call of `calls()` only."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="small inputs, equality checks only")
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--memory", metavar="CASE", help="measure memory only (used by the script itself)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.memory:
+        print_growth(calls(), options.memory)
+        return
+    rows = measure(options.tiny, options.repetitions)
+    if rows:
+        print(common.machine())
+        show(rows)

@@ -11,8 +11,6 @@ of the peak resident size of a fresh process over one call, the gradient include
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -20,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import common
+import losses_tree
 import torch
-from loss_rows import Row, extra_mib, print_growth, show
+from loss_rows import Row, extra_mib, main
 from torch import Tensor
 
 from fedmed.losses.gated_crf import gated_crf, half_offsets
@@ -128,24 +127,10 @@ def measure(tiny: bool = False, repetitions: int = 7) -> list[Row]:
     return rows
 
 
-def main() -> None:
-    """Check, then time."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="small inputs, equality checks only")
-    parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--memory", metavar="CASE", help="measure memory only (used by the script itself)")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    if options.memory:
-        print_growth(calls(), options.memory)
-        return
-    rows = measure(options.tiny, options.repetitions)
-    if Path(__file__).with_name("losses_tree.py").exists():
-        rows += importlib.import_module("losses_tree").measure(options.tiny, options.repetitions)
-    if rows:
-        print(common.machine())
-        show(rows)
+def measure_all(tiny: bool = False, repetitions: int = 7) -> list[Row]:
+    """This loss and the tree energy."""
+    return measure(tiny, repetitions) + losses_tree.measure(tiny, repetitions)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, calls, measure_all)

@@ -11,7 +11,6 @@ Extra memory is the growth of the peak resident size of a fresh process.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from typing import Any
 
 import common
 import torch
-from loss_rows import Row, extra_mib, print_growth, show
+from loss_rows import Row, extra_mib, main
 from torch import Tensor
 
 from fedmed.losses import tree_doubling, tree_filter
@@ -145,22 +144,5 @@ def measure(tiny: bool = False, repetitions: int = 7) -> list[Row]:
     return rows
 
 
-def main() -> None:
-    """Check, then time."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="small inputs, equality checks only")
-    parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--memory", metavar="CASE", help="measure memory only (used by the script itself)")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    if options.memory:
-        print_growth(calls(), options.memory)
-        return
-    rows = measure(options.tiny, options.repetitions)
-    if rows:
-        print(common.machine())
-        show(rows)
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, calls, measure)

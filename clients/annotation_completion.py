@@ -14,7 +14,6 @@ and pooled over the site; without any predicted one a_k is 1 (official: error).
 from __future__ import annotations
 
 import logging
-import zlib
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,7 +24,7 @@ from scipy.ndimage import label
 from torch import Tensor
 
 from clients.supervised import Supervised
-from fedmed.data.split import Batch, Split
+from fedmed.data.split import Batch, Split, fingerprint
 from fedmed.errors import UserError
 from fedmed.federation.messages import Leaf
 from fedmed.losses.segmentation import dice
@@ -114,12 +113,6 @@ def unpack(bits: Tensor, shape: tuple[int, int, int]) -> Bools:
     if bits.dtype != torch.uint8 or tuple(bits.shape) != (shape[0], width):
         raise ValueError(f"expected bits of shape {(shape[0], width)}, got {tuple(bits.shape)}")
     return np.unpackbits(bits.numpy(), axis=1, count=shape[1] * shape[2]).reshape(shape).astype(bool)
-
-
-def fingerprint(split: Split) -> Tensor:
-    """Checksum (1,) int64 of which items a split holds and how they are annotated."""
-    items, masks = (np.ascontiguousarray(part.cpu().numpy()).data for part in (split.index, split.targets))
-    return torch.tensor([zlib.crc32(masks, zlib.crc32(items))], dtype=torch.int64)
 
 
 class AnnotationCompletion(Supervised):

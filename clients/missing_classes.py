@@ -20,7 +20,6 @@ views take two passes, as published: each has its own norm statistics, and add-o
 from __future__ import annotations
 
 import logging
-import zlib
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,9 +28,9 @@ import torch
 from torch import Tensor
 
 from clients import prototype_tags as maths
-from clients.prototype_tags import Bools, Floats, Tags
+from clients.prototype_tags import Floats, Tags
 from clients.supervised import Supervised
-from fedmed.data.split import Batch, Split
+from fedmed.data.split import Batch, fingerprint
 from fedmed.errors import UserError
 from fedmed.federation.messages import Leaf
 from fedmed.losses.multilabel import joint_terms, prior_shift, two_view_terms
@@ -71,14 +70,6 @@ class MissingClassesParams:
                 "min_quota >= 0, min_count >= 1, prior_clip in (0, 0.5], stage1_consistency, feature_clip and noise_std "
                 f">= 0 and finite expected, got {self}"
             )
-
-
-def fingerprint(split: Split, annotated: Bools) -> Tensor:
-    """Checksum (1,) int64 of which items a split holds, how they are labelled, and which classes are annotated."""
-    code = 0
-    for part in (split.index.cpu().numpy(), split.targets.cpu().numpy(), annotated):
-        code = zlib.crc32(np.ascontiguousarray(part).data, code)
-    return torch.tensor([code], dtype=torch.int64)
 
 
 def pooled(output: Output) -> Tensor:

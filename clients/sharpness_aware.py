@@ -28,6 +28,7 @@ from clients.supervised import Supervised
 from fedmed.data.split import Batch
 from fedmed.errors import UserError
 from fedmed.federation.messages import Leaf
+from fedmed.federation.state import wide
 
 Terms = dict[str, Tensor]
 EPS = 1e-12  # added to every norm that divides (official code): a zero gradient moves nothing
@@ -52,17 +53,13 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
     """‖·‖₂ over all entries of all tensors, float64 (). Sums inside a tensor are float32, or float64 for float64."""
     if not tensors:
         return torch.zeros((), dtype=torch.float64)
-    return torch.stack([n.double() for n in torch._foreach_norm([_wide(t) for t in tensors])]).norm()
+    return torch.stack([n.double() for n in torch._foreach_norm([wide(t) for t in tensors])]).norm()
 
 
 def dot(first: list[Tensor], second: list[Tensor]) -> Tensor:
     """⟨·,·⟩ over all entries of two lists of tensors of equal shapes, float64 (); summed as in `global_norm`."""
-    products = [torch.dot(_wide(a).flatten(), _wide(b).flatten()) for a, b in zip(first, second, strict=True)]
+    products = [torch.dot(wide(a).flatten(), wide(b).flatten()) for a, b in zip(first, second, strict=True)]
     return torch.stack([p.double() for p in products]).sum() if products else torch.zeros((), dtype=torch.float64)
-
-
-def _wide(value: Tensor) -> Tensor:
-    return value if value.dtype == torch.float64 else value.float()
 
 
 @contextmanager

@@ -100,7 +100,7 @@ class AgnosticFL(Strategy):
             if math.isfinite(loss) and loss > largest:
                 best, largest = update, loss
             del update
-        self._note({site: float(best is not None and site == best.site) for site in sites})
+        self.note_weights({site: float(best is not None and site == best.site) for site in sites})
         return None if best is None else best.arrays
 
     def _mixed(self, updates: Iterable[Update], step: float) -> dict[str, Tensor] | None:
@@ -121,9 +121,5 @@ class AgnosticFL(Strategy):
         shares, mass = restrict(history, sites, np.full(len(sites), newcomer))
         stepped = ascend(shares, np.array(list(losses.values()), dtype=np.float64), step)
         self.state = AgnosticState(remember(history, sites, stepped, mass))
-        self._note(dict(zip(sites, shares.tolist(), strict=True)))
+        self.note_weights(dict(zip(sites, shares.tolist(), strict=True)))
         return weighted.result() or uniform.result()
-
-    def _note(self, weights: dict[str, float]) -> None:
-        self.note("weights", weights)
-        self.note("largest_weight", max(weights.values(), default=0.0))

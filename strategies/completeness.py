@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fedmed.federation.state import weighted_mean
 from fedmed.federation.strategy import Strategy, Update
+from strategies.site_shares import reported
 
 Floats = npt.NDArray[np.float64]
 Line = tuple[float, float]
@@ -132,19 +133,13 @@ def all_flagged(line: Mapping[str, Any], flagged: Mapping[str, Any]) -> bool:
     return bool(line) and all(site in flagged for site in line)
 
 
-def number(reply: Update, name: str) -> float:
-    """A metric of a reply; NaN if it is missing or no number."""
-    value = reply.metrics.get(name)
-    return float(value) if isinstance(value, (int, float)) else math.nan
-
-
 def observe(state: FedIAState, t: int, warmup_last_round: int, replies: Replies) -> FedIAState:
     """Enter what the sites of round t reported: losses, and from t = T₀ on the first finite completeness of a site."""
     losses, completeness = dict(state.losses), dict(state.completeness)
     for site, reply in replies.items():
         row = losses.get(site, [])[:t]
-        losses[site] = [*row, *[math.nan] * (t - len(row)), number(reply, LOSS)]
-        a = number(reply, "completeness")
+        losses[site] = [*row, *[math.nan] * (t - len(row)), reported(reply, LOSS)]
+        a = reported(reply, "completeness")
         if t >= warmup_last_round and math.isfinite(a):
             completeness.setdefault(site, a)
     return replace(state, losses=losses, completeness=completeness)
@@ -175,7 +170,7 @@ def account(state: FedIAState, round: int, replies: Replies) -> FedIAState:
     """
     due, corrected, pixels = dict(state.due), dict(state.corrected), dict(state.pixels)
     for site, reply in replies.items():
-        count = number(reply, "n_corrected_pixels")
+        count = reported(reply, "n_corrected_pixels")
         if not math.isfinite(count):
             continue
         if due.get(site, round + 1) <= round:
@@ -241,8 +236,7 @@ class FedIA(Strategy):
 
     def _report(self, weights: dict[str, float]) -> None:
         """Note what the weights were and rest on, and who completed how many pixels when."""
-        self.note("weights", weights)
-        self.note("largest_weight", max(weights.values(), default=0.0))
+        self.note_weights(weights)
         self.note("completeness", self.state.completeness)
         self.note("corrected", self.state.corrected)
         self.note("corrected_pixels", {site: self.state.pixels[site] for site in self.state.corrected})

@@ -131,5 +131,4 @@ class Scaffold(Strategy):
     def _note_weights(self, weights: Mapping[str, float]) -> None:
         total = sum(weights.values())
         shares = {site: weight / total for site, weight in weights.items()}
-        self.note("weights", shares)
-        self.note("largest_weight", max(shares.values()))
+        self.note_weights(shares)

@@ -91,7 +91,6 @@ class FairFed(Strategy):
             accuracy = np.array([reported(update, "bacc_received") for update in received])
             weights = adapt(weights, accuracy_gaps(accuracy, num_examples), self.params.beta, shares)
         self.state = FairFedState(remember(history, sites, weights, mass))
-        self.note("weights", dict(zip(sites, weights.tolist(), strict=True)))
-        self.note("largest_weight", float(weights.max()))
+        self.note_weights(dict(zip(sites, weights.tolist(), strict=True)))
         mean = weighted_mean(zip(weights.tolist(), (update.arrays for update in received), strict=True))
         return global_state if mean is None else {**global_state, **mean}

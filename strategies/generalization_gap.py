@@ -106,7 +106,6 @@ class FedGA(Strategy):
         divisor = len(sites) if self.params.per_site else 1
         weights = adjust(weights, gaps, step_size(round, self.config.federation.rounds, self.params.step, divisor))
         self.state = FedGAState(remember(history, sites, weights, mass), train_loss)
-        self.note("weights", dict(zip(sites, weights.tolist(), strict=True)))
-        self.note("largest_weight", float(weights.max()))
+        self.note_weights(dict(zip(sites, weights.tolist(), strict=True)))
         mean = weighted_mean(zip(weights.tolist(), (update.arrays for update in received), strict=True))
         return global_state if mean is None else {**global_state, **mean}

@@ -198,8 +198,7 @@ class FedMLP(Strategy):
         """Note weights and tags; from round S on also the degrees and the classes without prototypes."""
         sizes = np.array([update.num_examples for update in heard.values()], dtype=np.float64)
         weights = normalise(sizes, np.ones(len(sizes))) if len(sizes) else sizes
-        self.note("weights", dict(zip(heard, weights.tolist(), strict=True)))
-        self.note("largest_weight", float(weights.max(initial=0.0)))
+        self.note_weights(dict(zip(heard, weights.tolist(), strict=True)))
         if round < self.params.warmup_rounds:
             return
         for key in ("n_pseudo_pos", "n_pseudo_neg"):

@@ -131,8 +131,7 @@ class Passion(Strategy):
     def _report(self, sizes: dict[str, float], having: dict[str, Numbers], distance: Tensor) -> None:
         """Note the weights of the shared entries and of each encoder, the distances and β."""
         weights = shares(sizes)
-        self.note("weights", weights)
-        self.note("largest_weight", max(weights.values(), default=0.0))
+        self.note_weights(weights)
         by_modality = [shares({site: counts[m] for site, counts in having.items()}) for m in range(self.num_modalities)]
         self.note("modality_weights", by_modality)
         self.note("distance", distance.tolist())

@@ -245,6 +245,5 @@ class FedNoRo(Strategy):
         names = [name for name in self.layout.exchanged if every or entries[name].kind == "parameter"]
         noisy = [self.state.roles.get(update.site) == "noisy" for update in received]
         mean, used = daagg([u.arrays for u in received], [u.num_examples for u in received], noisy, names)
-        self.note("weights", {u.site: w for u, w in zip(received, used.weights.tolist(), strict=True)})
-        self.note("largest_weight", float(used.weights.max(initial=0.0)))
+        self.note_weights({u.site: w for u, w in zip(received, used.weights.tolist(), strict=True)})
         return global_state if mean is None else mean

@@ -120,6 +120,5 @@ class FedNova(Strategy):
     def _note_weights(self, weights: Mapping[str, float], steps: float) -> None:
         total = sum(weights.values())
         shares = {site: weight / total for site, weight in weights.items()}
-        self.note("weights", shares)
-        self.note("largest_weight", max(shares.values()))
+        self.note_weights(shares)
         self.note("effective_steps", steps)

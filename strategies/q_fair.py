@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from fedmed.federation.schedule import learning_rate
-from fedmed.federation.state import RunningMean, weighted_mean
+from fedmed.federation.state import RunningMean, weighted_mean, wide
 from fedmed.federation.strategy import Strategy, Update
 from strategies.site_shares import Floats, reported
 
@@ -99,7 +99,7 @@ class FairStep:
         squared_distance = 0.0
         for name, value in self._before.items():
             if name in after:
-                change = _wide(after[name]) - _wide(value)
+                change = wide(after[name]) - wide(value)
                 squared_distance += float(change.double().square().sum())
                 if name not in self._moved:
                     self._moved[name] = torch.zeros_like(change)
@@ -118,13 +118,7 @@ class FairStep:
         if self._bound == 0.0:
             return None
         rate = self._lipschitz / self._bound
-        return {
-            n: (_wide(self._before[n]) + rate * moved).to(self._before[n].dtype) for n, moved in self._moved.items()
-        }
-
-
-def _wide(value: Tensor) -> Tensor:
-    return value if value.dtype == torch.float64 else value.float()
+        return {n: (wide(self._before[n]) + rate * moved).to(self._before[n].dtype) for n, moved in self._moved.items()}
 
 
 class QFedAvg(Strategy):
@@ -166,6 +160,5 @@ class QFedAvg(Strategy):
     def _weigh(self, losses: Mapping[str, float]) -> list[float]:
         """Note and give the share of each site in Σ F^q."""
         weights = loss_weights(np.array(list(losses.values()), dtype=np.float64), self.params.q).tolist()
-        self.note("weights", dict(zip(losses, weights, strict=True)))
-        self.note("largest_weight", max(weights, default=0.0))
+        self.note_weights(dict(zip(losses, weights, strict=True)))
         return list(weights)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedmed.federation.state import wide
 from fedmed.federation.strategy import Strategy, Update
 
 
@@ -59,7 +60,7 @@ class MomentState:
 
 def updates_of(before: Mapping[str, Tensor], mean: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     """Mean update Δ = mean − w of the named parameters present in both, in float32 (float64 stays)."""
-    return {name: _wide(mean[name]) - _wide(before[name]) for name in names if name in mean}
+    return {name: wide(mean[name]) - wide(before[name]) for name in names if name in mean}
 
 
 def moment(
@@ -81,10 +82,6 @@ def adam_step(first: Mapping[str, Tensor], second: Mapping[str, Tensor], lr: flo
     return {name: lr * value / (second[name].sqrt() + tau) for name, value in first.items()}
 
 
-def _wide(value: Tensor) -> Tensor:
-    return value if value.dtype == torch.float64 else value.float()
-
-
 class ServerOptimizer(Strategy):
     """FedAvg, then a step of the server's optimiser on the trainable parameters. Memory: running sum and moments."""
 
@@ -97,7 +94,7 @@ class ServerOptimizer(Strategy):
             return global_state
         with torch.no_grad():
             self.state, step = self.advance(self.state, updates_of(global_state, mean, self.layout.trainable))
-            moved = {name: (_wide(global_state[name]) + delta).to(mean[name].dtype) for name, delta in step.items()}
+            moved = {name: (wide(global_state[name]) + delta).to(mean[name].dtype) for name, delta in step.items()}
         return {**mean, **moved}
 
     def advance(self, state: Any, delta: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fedmed.federation.state import first_non_finite, weighted_mean
 from fedmed.federation.strategy import Strategy, Update
+from strategies.site_shares import reported
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -136,12 +137,6 @@ def aggregate(weights: Floats, states: States) -> tuple[dict[str, Tensor] | None
     return weighted_mean(zip(shares.tolist(), states, strict=True)), shares
 
 
-def metric_of(updates: Sequence[Update], key: str) -> Floats:
-    """One metric of every reply (K,); NaN where it is missing or not one number."""
-    values = [update.metrics.get(key) for update in updates]
-    return np.array([float(value) if isinstance(value, (int, float)) else np.nan for value in values])
-
-
 class FedISM(Strategy):
     """Mean of the models by sharpness weights; sizes play no part. Holds all K replies, as weights need all losses."""
 
@@ -161,7 +156,7 @@ class FedISM(Strategy):
     def aggregate(self, round: int, global_state: dict[str, Tensor], updates: Iterable[Update]) -> dict[str, Tensor]:
         """Weigh the sites by the sharpness of the model they had received, and average."""
         received = list(updates)
-        loss, perturbed_loss = (metric_of(received, key) for key in self.requires)
+        loss, perturbed_loss = (np.array([reported(update, key) for update in received]) for key in self.requires)
         previous = np.array([self.state.weights.get(update.site, np.nan) for update in received])
         found = sharpness(loss, perturbed_loss)
         weights = sharpness_weights(found, self.params.q, self.params.beta, previous)
@@ -171,8 +166,7 @@ class FedISM(Strategy):
         self.state = replace(self.state, weights={**self.state.weights, **by_site})
         self.note("rho", self.radius(round))
         self.note("sharpness", dict(zip(sites, found.tolist(), strict=True)))
-        self.note("weights", dict(zip(sites, shares.tolist(), strict=True)))
-        self.note("largest_weight", float(shares.max(initial=0.0)))
+        self.note_weights(dict(zip(sites, shares.tolist(), strict=True)))
         return global_state if mean is None else {**global_state, **mean}
 
 

@@ -7,6 +7,7 @@ tensor.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -237,3 +238,11 @@ class Split:
             values = torch.where((values < 0) | (values >= classes), classes, values)
             counts += torch.bincount(values, minlength=classes + 1).cpu()
         return counts[:classes].numpy()
+
+
+def fingerprint(split: Split, *more: np.ndarray) -> Tensor:
+    """Checksum (1,) int64 of which items a split holds, how they are annotated, and further arrays: what kept labels belong to."""
+    code = 0
+    for part in (split.index.cpu().numpy(), split.targets.cpu().numpy(), *more):
+        code = zlib.crc32(np.ascontiguousarray(part).data, code)
+    return torch.tensor([code], dtype=torch.int64)

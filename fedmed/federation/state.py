@@ -116,6 +116,11 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point and dtype != torch.float64 else dtype
 
 
+def wide(value: Tensor) -> Tensor:
+    """A floating tensor as it is computed with: float64 as it is, anything else as float32."""
+    return value if value.dtype == torch.float64 else value.float()
+
+
 def _check_weight(weight: float, name: str) -> None:
     if not (weight >= 0.0 and math.isfinite(weight)):
         raise ValueError(f"expected a finite weight >= 0 for {name}, got {weight}")

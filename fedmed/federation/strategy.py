@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -109,6 +109,11 @@ class Strategy(FlowerStrategy):
         self.notes = {**self.notes, key: json_ready(value)}
         if self._journal is not None:
             self._journal.add(self._round, "server", None, metrics={key: value})
+
+    def note_weights(self, weights: Mapping[str, float]) -> None:
+        """Note the share of each site in the new model (site → share) and the largest of them, 0 without any."""
+        self.note("weights", dict(weights))
+        self.note("largest_weight", max(weights.values(), default=0.0))
 
     def bind(self, config: Config, layout: Layout, roster: dict[str, Identity], journal: Journal) -> None:
         """Called once by the round loop before the first round."""

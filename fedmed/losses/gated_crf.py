@@ -230,6 +230,7 @@ class _PairSum(torch.autograd.Function):
         masks: Sequence[Tensor] | None,
         denominator: Tensor | float,
     ) -> Tensor:
+        """The loss; the finished gradient is what is kept."""
         with torch.autocast(prob.device.type, enabled=False):
             total, gradient = pair_sums(prob, image, kernels, radius, masks)
             for p, g in zip(prob, gradient, strict=True):  # image by image: the product is a copy
@@ -239,6 +240,7 @@ class _PairSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """The kept gradient, scaled."""
         if torch.is_grad_enabled():  # create_graph: the saved gradient would silently count as a constant
             raise RuntimeError("the gated CRF loss has no second derivative; do not ask for it with create_graph=True")
         (gradient,) = ctx.saved_tensors
