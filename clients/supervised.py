@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fedmed.data.site_file import SiteData
 from fedmed.data.split import Batch
 from fedmed.errors import UserError
 from fedmed.federation.client import Client
@@ -59,10 +60,7 @@ class Supervised(Client):
     def begin_round(self, config: dict[str, Any], extras: dict[str, Tensor]) -> None:
         """Refuse annotation that leaves pixels open: these losses would take them for background."""
         if self.train_set.ignore_value is not None:
-            raise UserError(
-                f"{self.data.label_kind} annotation leaves pixels open, which client 'supervised' cannot read; "
-                "set data.annotation=mask, or use a client for weak annotation"
-            )
+            raise UserError(refusal(self.data, self.config.client.name))
 
     def loss(self, output: Output, batch: Batch, step: int) -> dict[str, Tensor]:
         """The chosen loss of `output.logits` against `batch.targets`, mean over the batch."""
@@ -89,6 +87,23 @@ class Supervised(Client):
             counts = torch.as_tensor(self.class_counts, device=self.device)
             self._prior = log_prior(counts, self.params.prior_eps)
         return self._prior
+
+
+def refusal(data: SiteData, client: str) -> str:
+    """Why a client for full masks does not read the annotation of this site, and what to set instead.
+
+    `data.annotation=mask` is named only where it would help: where every training image has a full mask, too.
+    """
+    if data.label_kind == "box":
+        reason = f"box annotation is filled rectangles, not contours, which client {client!r} would learn as such"
+        way = "to train on the rectangles all the same, set"
+    else:
+        reason = f"{data.label_kind} annotation leaves pixels open, which client {client!r} cannot read"
+        way = "set"
+    masks = None if data.eval_target is None else data.eval_target[data.splits["train"]]
+    there = masks is not None and bool((masks < data.num_classes).all())
+    other = ", or data.annotation=mask for the full masks this site has, too" if there else ""
+    return f"{reason}; {way} client.name=weak client.args=null model.activation=softmax{other}"
 
 
 def loss_name(name: str, task: str, activation: str) -> str:
