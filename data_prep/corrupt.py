@@ -23,6 +23,7 @@ from fedmed.errors import UserError
 
 CORRUPTED = "corrupted"  # the condition under which all central images are degraded
 WEAK = ("scribble", "box")  # annotations that may take the place of masks
+BELONGING = ("class_boxes", "class_tags")  # what goes with weak annotation, and goes when it does
 
 
 def corrupt(
@@ -160,7 +161,9 @@ def _with_weak(site: Items, weak: WeakSite, num_classes: int) -> Items:
     attrs = {**site.attrs, "annotation": weak.annotation, "label_kind": weak.label_kind}
     if weak.annotation == "mask":
         return dataclasses.replace(site, attrs=attrs, facts=dict(weak.facts))
-    arrays = {key: values for key, values in site.arrays.items() if key not in WEAK or key == weak.annotation}
+    kept = {weak.annotation, *BELONGING} if weak.targets is None else set()
+    gone = {*WEAK, *BELONGING} - kept
+    arrays = {key: values for key, values in site.arrays.items() if key not in gone}
     nothing = max(num_classes, int(mask.max(initial=0)))  # the file's own value for "not annotated" may be larger
     arrays["mask"] = mask.astype(np.promote_types(mask.dtype, np.uint8))  # a copy; a bool mask has no third value
     arrays["mask"][train] = nothing

@@ -79,8 +79,8 @@ def shrink(items: Items, new_size: int, ignore: Mapping[str, int]) -> Items:
             return resize_images(values, new_size)
         if values.shape[1:] == shape:
             return resize_classes(values, new_size, ignore.get(key))
-        if key == "box":
-            raise UserError("data.resize: boxes given by coordinates cannot be resized. Leave data.resize out.")
+        if key in ("box", "class_boxes"):
+            raise UserError(f"data.resize: {key} holds coordinates, which cannot be resized. Leave data.resize out.")
         return values
 
     arrays = {key: convert(key, values) for key, values in items.arrays.items()}

@@ -33,7 +33,7 @@ from fedmed.data.writer import write_site_file
 from fedmed.errors import UserError
 from fedmed.registry import CORRUPTIONS, PARTITIONS, resolve
 
-SCHEMA = "derived-2"  # raise when the same recipe would give other files
+SCHEMA = "derived-3"  # raise when the same recipe would give other files
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ STRATEGIES: dict[str, str] = {
     "fednova": "strategies.normalized_averaging:FedNova",
     "fedmlp": "strategies.missing_classes:FedMLP",
     "passion": "strategies.modality_balance:Passion",
+    "fedmix": "strategies.selected_loss:FedMix",
+    "fedlppa": "strategies.prompt_affinity:FedLPPA",
 }
 
 CLIENTS: dict[str, str] = {
@@ -45,6 +47,10 @@ CLIENTS: dict[str, str] = {
     "personal_head": "clients.personal_head:PersonalHead",
     "fca": "clients.classifier_anchoring:ClassifierAnchoring",
     "passion": "clients.modality_distillation:ModalityDistillation",
+    "weak": "clients.weak_annotation:WeakAnnotation",
+    "fedmix": "clients.cross_pseudo:CrossPseudo",
+    "fedicra": "clients.site_contrast:SiteContrast",
+    "fedlppa": "clients.prompted_decoders:PromptedDecoders",
 }
 
 ADDONS: dict[str, str] = {
@@ -57,6 +63,10 @@ MODELS: dict[str, str] = {
     "unet": "fedmed.models.unet:UNet",
     "two_heads": "fedmed.models.two_heads:TwoHeads",
     "multi_encoder_unet": "fedmed.models.multi_encoder_unet:MultiEncoderUNet",
+    "side_unet": "fedmed.models.side_unet:SideUNet",
+    "site_unet": "fedmed.models.site_unet:SiteUNet",
+    "prompt_unet": "fedmed.models.prompt_unet:PromptUNet",
+    "two_networks": "fedmed.models.two_networks:TwoNetworks",
 }
 
 LOSSES: dict[str, str] = {

@@ -15,7 +15,16 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_prep.corruption import TrainPool, WeakSite
-from data_prep.corruption.weak_marks import block_marks, box_labels, class_tags, point_marks, scribble_marks
+from data_prep.corruption.weak_marks import (
+    block_marks,
+    box_labels,
+    class_boxes,
+    class_tags,
+    drawn_boxes,
+    filled_boxes,
+    point_marks,
+    scribble_marks,
+)
 from data_prep.seeding import Rng, Seed
 from fedmed.config import nearest
 from fedmed.errors import UserError
@@ -77,7 +86,8 @@ class WeakLabels:
         Facts: label_kind, drawn_fraction (labelled pixels of all), drawn_per_class (C,) (pixels labelled c of those that
         are c; 0 where none is), n_items_without_foreground_mark (images in which no object pixel is labelled), noise_rate
         (labelled pixels that contradict the mask, of those the mask says something about), is_noisy (False: weak, not to
-        be distrusted). Client "image" has class_tags (n, C) besides. UserError: "keep" without anything to keep.
+        be distrusted). Client "image" has class_tags (n, C) besides, client "box" class_boxes (n, C, 4). UserError:
+        "keep" without anything to keep.
         """
         base = seed if self.seed is None else Seed(self.seed)
         sites = []
@@ -89,17 +99,28 @@ class WeakLabels:
                 name, given = _kept(pool, client, items)
                 sites.append(WeakSite(name, name, None, _facts(name, masks, given, pool.num_classes)))
                 continue
-            given = masks
+            given, extras = masks, dict[str, np.ndarray]()
             if kind != "mask":
-                rng = base.rng(f"weak_labels/{client}")
-                given = np.empty(masks.shape, dtype=np.uint8)
-                for place, mask in enumerate(masks):
-                    given[place] = self.draw(kind, mask, pool.num_classes, rng)
+                given, extras = self._drawn(kind, masks, pool.num_classes, base.rng(f"weak_labels/{client}"))
             facts = _facts(kind, masks, given, pool.num_classes)
-            extras = {"class_tags": class_tags(masks, pool.num_classes)} if kind == "image" else {}
             dataset = kind if kind in ("mask", "box") else "scribble"
             sites.append(WeakSite(dataset, kind, given if kind != "mask" else None, facts, extras))
         return tuple(sites)
+
+    def _drawn(
+        self, kind: str, masks: np.ndarray, num_classes: int, rng: Rng
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Weak labels (n, H, W) uint8 of one client, and the datasets that come with them."""
+        given = np.empty(masks.shape, dtype=np.uint8)
+        if kind != "box":
+            for place, mask in enumerate(masks):
+                given[place] = self.draw(kind, mask, num_classes, rng)
+            return given, {"class_tags": class_tags(masks, num_classes)} if kind == "image" else {}
+        around = np.zeros((len(masks), num_classes, 4), dtype=np.int16)
+        for place, mask in enumerate(masks):
+            boxes = drawn_boxes(mask, num_classes, rng, self.box_per, (self.margin_low, self.margin_high))
+            given[place], around[place] = filled_boxes(mask, num_classes, boxes), class_boxes(boxes, num_classes)
+        return given, {"class_boxes": around}
 
     def draw(self, kind: str, mask: np.ndarray, num_classes: int, rng: Rng) -> np.ndarray:
         """Weak labels (H, W) uint8 of one image from its mask (H, W), C where nothing is drawn; kind: what is drawn here."""

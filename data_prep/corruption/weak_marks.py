@@ -10,6 +10,8 @@ scribbles and blocks every drawn pixel is right and every component (8-connected
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy import ndimage
 
@@ -27,6 +29,8 @@ from data_prep.corruption.weak_draw import (
     shrunk,
 )
 from data_prep.seeding import Rng, integers
+
+Box = tuple[slice, slice]
 
 
 def point_marks(
@@ -118,13 +122,12 @@ def block_marks(mask: np.ndarray, num_classes: int, rng: Rng, share: float = 0.5
     return marks
 
 
-def box_labels(
+def drawn_boxes(
     mask: np.ndarray, num_classes: int, rng: Rng, per: str = "component", margin: tuple[int, int] = (0, 0)
-) -> np.ndarray:
-    """Filled boxes around each component, or around all of a class: its class inside, background outside.
+) -> list[tuple[int, Box]]:
+    """Class and box (slices of rows and columns) around each component, or around all of a class, in the order of classes.
 
-    Each side lies margin[0]..margin[1] pixels, drawn evenly, outside the object. Smaller boxes cover larger ones, so that
-    nested classes stay visible. Not annotated pixels (ids from C on) become C.
+    Each side lies margin[0]..margin[1] pixels, drawn evenly, outside the object; a box ends at the border of the image.
     """
     boxes = []
     if per == "class":
@@ -138,11 +141,43 @@ def box_labels(
     for label, region in found:
         top, bottom, left, right = (margin[0] + int(integers(rng, margin[1] - margin[0] + 1)) for _ in range(4))
         boxes.append((label, box_around(region, (top, bottom + 1, left, right + 1))))
+    return boxes
+
+
+def filled_boxes(mask: np.ndarray, num_classes: int, boxes: Sequence[tuple[int, Box]]) -> np.ndarray:
+    """Boxes as labels: their class inside, background outside, C where the mask is not annotated (ids from C on).
+
+    Smaller boxes cover larger ones, so that nested classes stay visible.
+    """
     filled = np.zeros(mask.shape, dtype=np.uint8)
     for label, box in sorted(boxes, key=lambda entry: -filled[entry[1]].size):
         filled[box] = label
     filled[mask >= num_classes] = num_classes
     return filled
+
+
+def box_labels(
+    mask: np.ndarray, num_classes: int, rng: Rng, per: str = "component", margin: tuple[int, int] = (0, 0)
+) -> np.ndarray:
+    """Filled boxes (`filled_boxes`) as they are drawn (`drawn_boxes`)."""
+    return filled_boxes(mask, num_classes, drawn_boxes(mask, num_classes, rng, per, margin))
+
+
+def class_boxes(boxes: Sequence[tuple[int, Box]], num_classes: int) -> np.ndarray:
+    """The box around all boxes of each class, (C, 4) int16: top, bottom, left, right, ends exclusive; absent: zeros.
+
+    Unlike filled boxes, those of different classes may overlap. Row 0, background, is not used.
+    """
+    around = np.zeros((num_classes, 4), dtype=np.int16)
+    for label in {label for label, _ in boxes}:
+        rows, columns = zip(*(box for found, box in boxes if found == label), strict=True)
+        around[label] = [limit for side in (rows, columns) for limit in _extent(side)]
+    return around
+
+
+def _extent(sides: Sequence[slice]) -> tuple[int, int]:
+    """First and last end of some slices."""
+    return min(side.start for side in sides), max(side.stop for side in sides)
 
 
 def class_tags(masks: np.ndarray, num_classes: int) -> np.ndarray:

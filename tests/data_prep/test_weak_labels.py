@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,16 @@ from data_prep.corruption.weak_draw import (
     thin,
 )
 from data_prep.corruption.weak_labels import KINDS, WeakLabels
-from data_prep.corruption.weak_marks import block_marks, box_labels, class_tags, point_marks, scribble_marks
+from data_prep.corruption.weak_marks import (
+    block_marks,
+    box_labels,
+    class_boxes,
+    class_tags,
+    drawn_boxes,
+    filled_boxes,
+    point_marks,
+    scribble_marks,
+)
 from data_prep.protocol import derive, describe
 from data_prep.seeding import Seed
 from fedmed.config import load_config, params_from
@@ -123,6 +133,57 @@ def test_boxes_by_hand() -> None:
 def test_nested_boxes_stay_visible() -> None:
     boxes = box_labels(MASKS["nested"], CLASSES, np.random.RandomState(0))
     assert (boxes == 2).sum() == 36 and (boxes == 1).sum() == 144 - 36
+
+
+def test_boxes_are_drawn_as_they_always_were() -> None:
+    """Checksums of the labels and of what the generator gives afterwards, made before class boxes were kept as well."""
+    expected = {
+        ("component", (0, 0)): 2235919980, ("component", (0, 3)): 3825480151, ("component", (1, 9)): 638375307,
+        ("class", (0, 0)): 4073953726, ("class", (0, 3)): 2358677624, ("class", (1, 9)): 2685212479,
+    }  # fmt: skip
+    for (per, margin), code in expected.items():
+        found = 0
+        for seed, mask in enumerate(MASKS.values()):
+            rng = np.random.RandomState(seed)
+            found = zlib.crc32(box_labels(mask, CLASSES, rng, per, margin).data, found)
+            found = zlib.crc32(rng.randint(0, 1000, 3).astype(np.int64).data, found)
+        assert found == code, (per, margin)
+    sites = WeakLabels(kind="box", margin_high=4).annotate(make_pool([item % 3 for item in range(9)]), Seed(0))
+    given = [site.targets for site in sites if site.targets is not None]
+    assert [zlib.crc32(labels.data) for labels in given] == [2654095237, 3335496973, 1057702604]
+
+
+def test_class_boxes_by_hand() -> None:
+    mask = np.zeros((20, 20), dtype=np.uint8)
+    mask[4:7, 2:6], mask[10:12, 10:12], mask[5, 3] = 1, 1, 2
+    for per in ("component", "class"):
+        found = class_boxes(drawn_boxes(mask, 4, np.random.RandomState(0), per), 4)
+        assert found.tolist() == [[0] * 4, [4, 12, 2, 12], [5, 6, 3, 4], [0] * 4] and found.dtype == np.int16
+    grown = class_boxes(drawn_boxes(mask, 3, np.random.RandomState(0), margin=(9, 9)), 3)
+    assert grown.tolist() == [[0] * 4, [0, 20, 0, 20], [0, 15, 0, 13]]
+    assert class_boxes([], 3).tolist() == [[0] * 4] * 3
+
+
+@pytest.mark.parametrize("per", ["component", "class"])
+@pytest.mark.parametrize("name", MASKS)
+def test_class_boxes_hold_what_was_drawn(name: str, per: str) -> None:
+    """With the same draws: all pixels of the class and all its filled boxes lie inside, and touch every side."""
+    mask = MASKS[name]
+    boxes = drawn_boxes(mask, CLASSES, np.random.RandomState(1), per, (0, 3))
+    labels = box_labels(mask, CLASSES, np.random.RandomState(1), per, (0, 3))
+    assert np.array_equal(filled_boxes(mask, CLASSES, boxes), labels)
+    for label, (top, bottom, left, right) in enumerate(class_boxes(boxes, CLASSES).tolist()):
+        whole = np.zeros(mask.shape, dtype=bool)
+        for found, box in boxes:
+            whole[box] |= found == label
+        drawn = np.argwhere(whole)
+        assert bool(len(drawn)) == (0 < label < CLASSES and bool((mask == label).any()))
+        if len(drawn):
+            assert [top, left] == drawn.min(axis=0).tolist() and [bottom - 1, right - 1] == drawn.max(axis=0).tolist()
+            inside = whole[top:bottom, left:right]
+            assert inside.sum() == whole.sum() and not ((labels == label) & ~whole).any()
+        else:
+            assert [top, bottom, left, right] == [0] * 4
 
 
 def test_points() -> None:
@@ -277,7 +338,8 @@ def test_kinds_are_dealt_in_turn_and_facts_are_realised() -> None:
         given = masks if site.targets is None else site.targets
         assert site.label_kind == site.facts["label_kind"] == kind and site.facts["is_noisy"] is False
         assert site.annotation == {"box": "box", "mask": "mask"}.get(kind, "scribble")
-        assert (site.targets is None) == (kind == "mask") and (list(site.extras) == ["class_tags"]) == (kind == "image")
+        assert (site.targets is None) == (kind == "mask")
+        assert list(site.extras) == {"image": ["class_tags"], "box": ["class_boxes"]}.get(kind, [])
         drawn = given < CLASSES
         facts = site.facts
         assert facts["drawn_fraction"] == (pytest.approx(drawn.mean()) if len(masks) else 0.0)
@@ -290,6 +352,7 @@ def test_kinds_are_dealt_in_turn_and_facts_are_realised() -> None:
         elif len(masks):
             assert facts["noise_rate"] == pytest.approx((given != masks)[drawn].mean()) and facts["noise_rate"] > 0
     assert sites[4].extras["class_tags"].tolist() == [[1, 1, 1]] * 2
+    assert sites[3].extras["class_boxes"].shape == (2, CLASSES, 4)
     assert sites[5].facts["drawn_fraction"] == 0.0 and sites[6].facts["drawn_fraction"] == 1.0
     assert sites[8].facts["n_items_without_foreground_mark"] == 1  # the empty mask
     assert sites[9].facts["drawn_fraction"] == 0.0 and sites[9].targets.shape == (0, 48, 48)
@@ -412,6 +475,11 @@ def test_protocol_with_every_kind_and_masks_that_stay(tmp_path: Path) -> None:
                 tags = weak.extras["class_tags"]
                 assert np.array_equal(tags[train], class_tags(full.target[train], CLASSES))
                 assert not np.delete(tags, train, 0).any()
+            if kind == "box":
+                around = weak.read("class_boxes")
+                assert around.shape == (10, CLASSES, 4) and not np.delete(around, train, 0).any()
+                for (top, bottom, left, right), mask in zip(around[train][:, 1], full.target[train], strict=True):
+                    assert (mask == 1)[top:bottom, left:right].sum() == (mask == 1).sum()
             if kind == "keep":
                 assert np.array_equal(weak.target, before.site("north", annotation="scribble").target)
                 assert describe(path)[0]["drawn_fraction"] == pytest.approx(1 / 48)
