@@ -7,8 +7,8 @@ The value of a run is the mean over its last rounds on the pooled test items, cl
 
 A comparison file says: base and overrides of all runs; arms (name -> overrides, the first is the baseline); settings (title, overrides, and if
 wanted seeds, arms, and `against`: the setting whose baseline is used); metrics ("bacc", "test-corrupted/bacc", "mean:bacc", "rare:3", "S:bacc",
-"subsets:mean", ...; words before a colon are the keys of KINDS); seed_metrics (those of the table by seed, default all); last_rounds; findings
-(keys of FINDINGS, default [noisy]).
+"personal:bacc", "subsets:mean", ...; words before a colon are the keys of KINDS); seed_metrics (those of the table by seed, default all);
+last_rounds; findings (keys of FINDINGS, default [noisy]).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from fedmed.files import read_history, read_json
 from fedmed.report.fairness import balance, condition_keys
-from fedmed.report.values import mean, number, of_phase, train_examples
+from fedmed.report.values import mean, number, of_phase, tail, train_examples
 
 
 def load_comparison(name: str) -> dict[str, Any]:
@@ -122,6 +122,14 @@ def of_personal(folder: Path, name: str, which: str) -> float:
     return mean(scores) if which == "S" else tail_mean(central_records(folder), full_name(name), 1)
 
 
+def of_sites(folder: Path, view: str, name: str, last: int) -> float:
+    """Mean over the last evaluations of the sites' own scores of one view, each site counting once; NaN without the view.
+
+    An arm with federation.local_only=true has the view personal only: what its sites reach alone. Runs of evaluation.mode=separate.
+    """
+    return mean(tail(read_history(folder), f"test/{view}/{name}", "evaluate", last))
+
+
 def of_subsets(folder: Path, which: str, last: int) -> float:
     """mean, spread or worst over the subsets of the modalities, last round."""
     return number(read_json(folder / "summary.json").get("subsets", {}).get(which))
@@ -134,6 +142,8 @@ KINDS: dict[str, Callable[[Path, str, int], float]] = {
     "rare": rare_recall,
     "G": lambda folder, name, last: of_personal(folder, name, "G"),
     "S": lambda folder, name, last: of_personal(folder, name, "S"),
+    "global": lambda folder, name, last: of_sites(folder, "global", name, last),
+    "personal": lambda folder, name, last: of_sites(folder, "personal", name, last),
     "subsets": of_subsets,
 }
 

@@ -51,13 +51,14 @@ class Env:
 class Moment:
     """Where in the run a message stands. `round` counts from 1.
 
+    `site_index`: place of the site in the federation, -1 for what is none of its sites (central scoring, plain Flower strategies).
     `personal_round`: the last round whose reply the server accepted from this site; `durable_round`: the same as the server's newest
     checkpoint has it, to which a resume would go back. 0: none.
     """
 
     round: int = 0
     rounds: int = 0
-    site_index: int = 0
+    site_index: int = -1
     num_sites: int = 1
     personal_round: int = 0
     durable_round: int = 0

@@ -285,12 +285,12 @@ class RoundLoop:
             quorum.valid += 1
             accepted.append(reply.site)
             train, scores = _split_scores(result.metrics)
-            status = "ok" if result.arrays else "empty"
+            status = "ok" if result.num_examples else "empty"
             self._record(number, "train", reply, status=status, num_examples=result.num_examples, metrics=train)
             if scores:
                 scored = number - 1 if self.config.evaluation.mode == "before" else number
                 self._record(scored, "evaluate", reply, num_examples=_scored(scores), metrics=scores)
-            if result.arrays:
+            if result.num_examples:
                 yield result
             del reply, result  # not held while the next site works
 

@@ -23,6 +23,7 @@ from fedmed.errors import UserError
 from fedmed.federation import messages as names
 from fedmed.federation.client import AddOn, Client, Env, Moment
 from fedmed.federation.layout import Layout, hand_over
+from fedmed.federation.local_only import alone
 from fedmed.federation.messages import Identity, code_hash
 from fedmed.federation.personal import PersonalStore
 from fedmed.federation.scoring import Scored, score_subsets, score_view, write_case_files
@@ -57,9 +58,9 @@ def choose_device(name: str) -> torch.device:
 
 
 def client_class(config: Config) -> type[Client]:
-    """The client class of a configuration."""
+    """The client class of a configuration, the same at both ends: with `federation.local_only` nothing of it travels."""
     found: type[Client] = resolve("client", config.client.name)
-    return found
+    return alone(found) if config.federation.local_only else found
 
 
 def make_addons(config: Config) -> dict[str, AddOn]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from fedmed.files import read_history
 from fedmed.report.fairness import fairness, is_condition
-from fedmed.report.personal import personal
+from fedmed.report.personal import LocalScores, personal
 from fedmed.report.subsets import is_subset, subsets
 from fedmed.report.values import Record, curve, mean, mean_curve, number, of_phase, spread, train_examples, worst
 from fedmed.schema import lower_is_better
@@ -155,13 +155,14 @@ def build_summary(
     *,
     main_metric: str | None = None,
     seconds: float | None = None,
+    local: LocalScores | None = None,
 ) -> dict[str, Any]:
     """Build the content of `summary.json` from the records of a run (None: those in `run_dir`).
 
     `truth` is what the site file says about its corrupted sites (site -> `is_noisy`, `noise_rate`, ...), empty if
     nothing is known. `main_metric` and `seconds` (wall time) are taken from the history when not given: the first known
-    metric in it, the sum of the records' seconds. mean, worst and spread (best minus worst) are over the sites' last
-    values of the main metric, each site counting once.
+    metric in it, the sum of the records' seconds. `local`: scores of a local-only run, for `fedmed.report.personal`. mean,
+    worst and spread (best minus worst) are over the sites' last values of the main metric, each site counting once.
     """
     history = read_history(Path(run_dir)) if history is None else history
     truth = truth or {}
@@ -173,6 +174,7 @@ def build_summary(
     notes: dict[str, Any] = {}
     for record in of_phase(history, "server"):
         notes.update(record.get("metrics", {}))
+    alone = bool(getattr(config.federation, "local_only", False))
     spent = [number(r.get("seconds", 0.0)) for r in history]
     trained = [int(r["round"]) for r in of_phase(history, "train")]
     return {
@@ -189,7 +191,7 @@ def build_summary(
         "central": _central(history, config.evaluation.select),
         "fairness": fairness(history, metric, scores, truth),
         "subsets": subsets(history, metric),
-        "personal": personal(history, getattr(config.evaluation, "mode", "separate")),
+        "personal": personal(history, getattr(config.evaluation, "mode", "separate"), alone=alone, local=local),
         "notes": notes,
         "examples": train_examples(history),
         "truth": {site: dict(info) for site, info in truth.items()},

@@ -215,40 +215,47 @@ _ORIGINS = {
     "sites": "mean of sites",
     "trained": "models just trained",
     "received": "received model and what each site keeps",
+    "alone": "each trained alone",
 }
 
 
 def pair_table(summary: Mapping[str, Any]) -> tuple[list[str], Rows]:
     """Give header and rows of generalisation G, specialisation S and their means, a row per metric, the main one first.
 
-    No rows for a method without a personal view.
+    With L of the sites trained alone where it is known. No rows for a method without a personal view.
     """
     found = summary.get("personal", {})
     main = summary.get("main_metric")
     names = sorted(found, key=lambda name: name != main)  # stable: the others as reported
-    header = ["personalised", "G (global)", "S (personal)", "mean", "harmonic mean"]
-    return header, [[name, *(show(number(found[name][k])) for k in ("G", "S", "mean", "harmonic"))] for name in names]
+    alone = {"L": "L (local-only)"} if any("L" in scores for scores in found.values()) else {}
+    columns = {"G": "G (global)", "S": "S (personal)", **alone, "mean": "mean", "harmonic": "harmonic mean"}
+    rows = [[name, *(show(number(found[name][key])) for key in columns)] for name in names]
+    return ["personalised", *columns.values()], rows
 
 
 def personal_table(summary: Mapping[str, Any]) -> tuple[list[str], Rows]:
-    """Give header and rows of both views at each site, in the main metric; no rows without a personal view."""
+    """Give header and rows of the views at each site, in the main metric; no rows without a personal view.
+
+    Global, personal, and where it is known what the site reaches alone.
+    """
     metric = summary.get("main_metric")
     found = summary.get("personal", {}).get(metric, {})
+    columns = {"global": "global", "personal": "personal"} | ({"local": "local-only"} if "L" in found else {})
     rows = [
-        [site, show(number(values["global"])), show(number(values["personal"]))]
-        for site, values in found.get("sites", {}).items()
+        [site, *(show(number(values[view])) for view in columns)] for site, values in found.get("sites", {}).items()
     ]
-    return [f"site ({metric})", "global", "personal"], rows
+    return [f"site ({metric})", *columns.values()], rows
 
 
 def personal_origin(summary: Mapping[str, Any]) -> str:
-    """Say what G and S were scored on; "" for a method without a personal view."""
+    """Say what G, S and L were scored on; "" for a method without a personal view."""
     found = summary.get("personal", {})
     if not found:
         return ""
     first = found.get(summary.get("main_metric")) or next(iter(found.values()))
     where = _ORIGINS.get(first["G_from"], "no global view was scored")
-    return f"G: {where}; S: mean of sites, {_ORIGINS[first['S_from']]}"
+    beside = f"; L: mean of sites, {_ORIGINS['alone']}" if "L" in first else ""
+    return f"G: {where}; S: mean of sites, {_ORIGINS[first['S_from']]}{beside}"
 
 
 def render(summary: Mapping[str, Any]) -> str:

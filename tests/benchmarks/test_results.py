@@ -224,3 +224,29 @@ def test_personal_and_subset_values(tmp_path: Path) -> None:
     )
     (folder / "summary.json").write_text(json.dumps({**summary, "personal": {"bacc": {"G": 0.1, "S": 0.9}}}))
     assert (results.value_of(folder, "G:bacc", 2), results.value_of(folder, "S:bacc", 2)) == (0.1, 0.9)
+
+
+def test_values_of_one_view_at_the_sites(tmp_path: Path) -> None:
+    """Mean over the sites, then over the last evaluations; an arm of sites trained alone has the personal view only."""
+
+    def evaluations(view: str, values: list[tuple[float, float | None]]) -> list[dict[str, Any]]:
+        return [
+            {"phase": "evaluate", "round": number, "site": site, "metrics": {f"test/{view}/dice": value}}
+            for number, pair in enumerate(values, 1)
+            for site, value in zip("ab", pair, strict=True)
+        ]
+
+    both = [
+        *evaluations("global", [(0.0, 0.0), (0.25, 0.75)]),
+        *evaluations("personal", [(0.5, 1.0), (0.25, None), (1.0, 0.5)]),
+    ]
+    alone = evaluations("personal", [(0.25, 0.5), (0.5, 0.75)])
+    for name, records in (("mine", both), ("alone", alone)):
+        folder = write_run(tmp_path / name, [], personal={"dice": {"G": None, "S": 0.625}})
+        (folder / "history.jsonl").write_text("\n".join(map(json.dumps, records)))
+    assert results.value_of(tmp_path / "mine", "personal:dice", 2) == 0.5  # .25 of one site, .75 of two
+    assert results.value_of(tmp_path / "mine", "global:dice", 1) == 0.5
+    assert results.value_of(tmp_path / "alone", "personal:dice", 2) == 0.5
+    assert results.value_of(tmp_path / "alone", "S:dice", 2) == 0.625
+    for metric in ("global:dice", "G:dice", "dice", "mean:dice"):
+        assert math.isnan(results.value_of(tmp_path / "alone", metric, 2))

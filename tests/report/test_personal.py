@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedmed.errors import UserError
 from fedmed.files import write_json
 from fedmed.report import personal as ps
 from fedmed.report import tables
@@ -130,6 +132,84 @@ def test_models_just_trained() -> None:
         assert ps.personal(history, mode)["bacc"]["S"] == pytest.approx(0.35)
     alone = ps.personal(history[:3], "after")["bacc"]  # the received model was never scored
     assert math.isnan(alone["G"]) and alone["G_from"] is None and alone["S"] == 0.1
+
+
+# ---------------------------------------------------------------------- beside a local-only run
+
+HISTORY = [scored(1, "a", g_bacc=0.2, p_bacc=0.6), scored(1, "b", g_bacc=0.4, p_bacc=0.8)]
+
+
+def alone_run(folder: Path, history: list[dict[str, Any]], alone: bool = True) -> Path:
+    """The summary of a run with these records, which said it was local-only or not."""
+    content = {"sites": {"a": {}, "b": {}, "c": {}}, "personal": ps.personal(history, alone=alone)}
+    write_json(folder / "summary.json", content)
+    return folder
+
+
+def test_what_the_sites_reach_alone_by_hand(tmp_path: Path) -> None:
+    history = [
+        scored(1, "a", p_bacc=0.1),
+        scored(2, "a", p_bacc=0.5, p_auc=0.7),
+        scored(2, "b", p_bacc=None),
+        scored(2, "c", p_bacc=0.9),
+    ]
+    assert {m["S_from"] for m in ps.personal(history, alone=True).values()} == {"alone"}
+    local = ps.read_local(alone_run(tmp_path, history), "bacc", ["a", "b"])
+    assert repr(local) == repr({"bacc": {"a": 0.5, "b": NAN, "c": 0.9}, "auc": {"a": 0.7}})
+    found = ps.personal(HISTORY, local=local)["bacc"]
+    assert list(found) == ["G", "S", "mean", "harmonic", "L", "G_from", "S_from", "sites"]
+    assert (found["L"], found["S"]) == (0.5, pytest.approx(0.7))  # of the sites of this run that have a value
+    assert found["sites"]["a"] == {"global": 0.2, "personal": 0.6, "local": 0.5}
+    assert math.isnan(found["sites"]["b"]["local"]) and "c" not in found["sites"]
+    other = ps.personal([scored(1, "a", p_f1=0.5)], local=local)["f1"]
+    assert math.isnan(other["L"]) and math.isnan(other["sites"]["a"]["local"])
+    plain = ps.personal(HISTORY)["bacc"]
+    assert "L" not in plain and "local" not in plain["sites"]["a"]
+
+
+@pytest.mark.parametrize(
+    ("history", "alone", "metric", "sites", "problem"),
+    [
+        (HISTORY, False, "bacc", "a", "is not a local-only run whose sites were scored"),
+        ([scored(1, "a", g_bacc=0.5)], True, "bacc", "a", "is not a local-only run whose sites were scored"),
+        (HISTORY, True, "dice", "a", "has no dice (it has bacc); give a local-only run of the same task"),
+        (HISTORY, True, "bacc", "ax", "is of other sites (a, b, c), x is not among them"),
+    ],
+)
+def test_folders_that_cannot_stand_beside(
+    tmp_path: Path, history: list[dict[str, Any]], alone: bool, metric: str, sites: str, problem: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(f"evaluation.local_only: {tmp_path} {problem}")):
+        ps.read_local(alone_run(tmp_path, history, alone), metric, sites)
+
+
+def test_no_folder_or_a_run_that_did_not_finish(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(UserError, match=r"holds no summary\.json; give the folder of a finished run"):
+            ps.read_local(folder, "bacc", ["a"])
+
+
+def test_three_columns(tmp_path: Path, made_up: Any) -> None:
+    local = {"bacc": {"a": 0.5, "b": NAN}}
+    result = build_summary(tmp_path, HISTORY, made_up.make_config(), seconds=1.0, local=local)
+    assert tables.pair_table(result) == (
+        ["personalised", "G (global)", "S (personal)", "L (local-only)", "mean", "harmonic mean"],
+        [["bacc", "0.300", "0.700", "0.500", "0.500", "0.420"]],
+    )
+    assert tables.personal_table(result) == (
+        ["site (bacc)", "global", "personal", "local-only"],
+        [["a", "0.200", "0.600", "0.500"], ["b", "0.400", "0.800", "-"]],
+    )
+    assert tables.personal_origin(result).endswith("; L: mean of sites, each trained alone")
+    assert "| site (bacc) | global | personal | local-only |" in report_text(result, [])
+
+
+def test_a_local_only_run_says_so(tmp_path: Path, made_up: Any) -> None:
+    config = made_up.make_config()
+    config.federation.local_only = True
+    result = build_summary(tmp_path, [scored(1, "a", p_bacc=0.5)], config, seconds=1.0)
+    assert result["personal"]["bacc"]["S_from"] == "alone"
+    assert tables.personal_origin(result) == "G: no global view was scored; S: mean of sites, each trained alone"
 
 
 # ---------------------------------------------------------------------- in the summary and the report
