@@ -42,23 +42,13 @@ class MergingParams:
     """Constants of the merge and of the learning rate."""
 
     eta: float = 1.0  # η ≥ 0, step size for W (FedALA, official code)
-    warmup_rounds: int = (
-        5  # ≥ 0, first rounds, in which the received model is copied (official code: 50 steps of 10 a round)
-    )
-    merge_data_share: float = (
-        0.8  # in (0, 1], contiguous share of the training items W is learnt on (FedALA; official code: 1)
-    )
-    max_passes: int = (
-        50  # ≥ 1, most passes when W is learnt for the first time; later rounds make one (ours; published: no limit)
-    )
+    warmup_rounds: int = 5  # ≥ 0, first rounds, which copy the received model (official code: 50 steps of 10 a round)
+    merge_data_share: float = 0.8  # in (0, 1], contiguous share of the items W is learnt on (FedALA; official code: 1)
+    max_passes: int = 50  # ≥ 1, most passes the first time W is learnt, later it is one (ours; published: no limit)
     ala_init: str = "ones"  # first W: ones, the received model (FedALA) | zeros, the site's own (official code)
     ala_persist: bool = True  # W is kept from round to round (FedALA; official code: false)
-    bn_buffers: str = (
-        "received"  # norm statistics of the merged part: received (official code) | local, the site's own (ours)
-    )
-    total_steps: int | None = (
-        None  # T ≥ 1: lr·(1 − t/T)^0.9, t counts the site's steps (official code: 30000); null: no decay
-    )
+    bn_buffers: str = "received"  # norm statistics of the merged part: received (official code) | local (ours)
+    total_steps: int | None = None  # T ≥ 1: lr·(1 − t/T)^0.9 by the site's steps (official: 30000); null: no decay
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta < float("inf"):
@@ -104,10 +94,11 @@ class MergingClient(Client):
 
     def begin_round(self, config: dict[str, Any], extras: dict[str, Tensor]) -> None:
         """Load the received model and, after the warm-up, merge. Without any labelled pixel the site trains on nothing."""
-        self._check()
         self.load_view("global")
+        self._check()
         if not any(self._labelled(part) for part in self.train_set.targets.split(64)):
-            log.warning("%s: no training image has a labelled pixel; the site does not train", self.site)
+            level = logging.WARNING if self.round <= 1 else logging.INFO
+            log.log(level, "%s: no training image has a labelled pixel; the site does not train", self.site)
             self.train_set = self.train_set.subset(torch.zeros(len(self.train_set), dtype=torch.bool))
         elif all(name in self.personal for name in self._merged_entries()):
             self._merge()
