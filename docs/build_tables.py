@@ -71,11 +71,15 @@ MEANING = {
     "`min_sites`",
     "federation.min_sites": "a run does not start with fewer sites; a simulation waits for all sites of its file",
     "federation.quorum": "share of the sites asked whose answers must be valid, in each phase; at least one",
-    "federation.start_deadline_s": "seconds to wait for the sites at the start, and for a site to identify itself",
+    "federation.start_deadline_s": "seconds to wait for enough sites at the start",
+    "federation.identify_deadline_s": "seconds for which a run waits for a new site to say who it is; one that was silent is asked again in "
+    "later rounds, and not waited for",
     "federation.query_deadline_s": "seconds for the answers to a method's question",
     "federation.train_deadline_s": "seconds for the trained models",
     "federation.evaluate_deadline_s": "seconds for the scores",
     "federation.plain_clients": "accept Flower clients that cannot identify themselves",
+    "federation.local_only": "every site trains alone, from the run's seed and with its client and schedule; nothing of the model "
+    "travels, the only view is `personal`. Needs `strategy.name=fedavg` ([guide](guide.md#personalised-results))",
     "federation.checkpoint_every": "rounds between checkpoints; the last round always has one",
     "evaluation.every": "rounds between evaluations; the last round is always scored",
     "evaluation.mode": "`separate`: own message; `before`: the received model is scored with the training message; "
@@ -87,6 +91,8 @@ MEANING = {
     "evaluation.hd95": "95 % surface distance in the last evaluation (segmentation)",
     "evaluation.modality_subsets": "for a model that can be told which modalities are missing: the global view is also scored on every "
     "subset of them, centrally after the last round (`last`) or in every evaluation (`every`), at the sites after the last round",
+    "evaluation.local_only": "folder of a finished local-only run of the same sites, whose scores the report shows beside the views of "
+    "this run; `null`: none",
     "engine.name": "see [engines.md](engines.md)",
     "engine.device": "`auto`, `cpu`, `cuda` or `cuda:N`; `auto` takes the first CUDA device, if any",
     "engine.precision": "`bf16`: forward passes under autocast",
@@ -126,6 +132,7 @@ DEFAULTS = (
     ("a run does not start with fewer sites than", "federation.min_sites"),
     ("valid answers a phase needs, as a share of the sites asked", "federation.quorum"),
     ("seconds to wait for the sites at the start", "federation.start_deadline_s"),
+    ("seconds for a new site to say who it is", "federation.identify_deadline_s"),
     ("seconds for answers to a method's question", "federation.query_deadline_s"),
     ("seconds for training", "federation.train_deadline_s"),
     ("seconds for evaluation", "federation.evaluate_deadline_s"),

@@ -185,7 +185,23 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
     betas = config.optimizer.betas
     if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
         raise UserError(f"optimizer.betas: expected two values >= 0 and < 1, got {betas}")
+    _check_local_only(config)
     return config
+
+
+def _check_local_only(config: Config) -> None:
+    """Refuse what `federation.local_only` cannot go with. Raises `UserError`."""
+    if not config.federation.local_only:
+        return
+    if config.strategy.name != "fedavg":
+        raise UserError(
+            f"federation.local_only: no site sends a model, strategy {config.strategy.name!r} would have nothing to work with; "
+            "set strategy.name=fedavg strategy.args=null"
+        )
+    if config.federation.plain_clients:
+        raise UserError(
+            "federation.local_only: a plain Flower client sends what it trains; set federation.plain_clients=false"
+        )
 
 
 def get(config: Config, key: str) -> Any:
@@ -315,12 +331,14 @@ def from_run_config(run_config: Mapping[str, Any]) -> Config:
 def config_hash(config: Config, *, with_rounds: bool) -> str:
     """SHA-256 of what determines the result of a run.
 
-    Left out: name, description, out, engine, tracking, deadlines, and the number of rounds unless `with_rounds` (a method whose schedule depends on it).
+    Left out: name, description, out, engine, tracking, deadlines, the run `evaluation.local_only` to compare with, and the number of rounds
+    unless `with_rounds` (a method whose schedule depends on it).
     """
     tree = to_tree(config)
     for key in ("name", "description", "out", "engine", "tracking"):
         tree.pop(key)
     tree["data"].pop("cache_dir")
+    tree["evaluation"].pop("local_only")
     for key in list(tree["federation"]):
         if key.endswith("_deadline_s") or key == "checkpoint_every" or (key == "rounds" and not with_rounds):
             tree["federation"].pop(key)

@@ -92,10 +92,12 @@ class FederationConfig:
     min_sites: int = 2  # a run does not start with fewer
     quorum: float = 0.5  # of the sites asked; fewer valid answers stop the run
     start_deadline_s: float = 3600.0
+    identify_deadline_s: float = 300.0
     query_deadline_s: float = 3600.0
     train_deadline_s: float = 3600.0
     evaluate_deadline_s: float = 3600.0
     plain_clients: bool = False  # accept nodes that cannot identify themselves
+    local_only: bool = False  # every site trains alone, nothing of the model travels
     checkpoint_every: int = 1
 
 
@@ -114,6 +116,7 @@ class EvaluationConfig:
     select: str | None = None  # validation metric by which the best round is chosen, e.g. bacc
     hd95: bool = False  # 95th-percentile surface distance in the last evaluation (slow)
     modality_subsets: str = "last"  # scores on every subset of the modalities: none, last, every
+    local_only: str | None = None  # run folder of the same sites, each trained alone
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,7 @@ CHOICES = {
     "optimizer.schedule": ("constant", "multistep", "poly"),
     "evaluation.mode": ("separate", "before", "after"),
     "evaluation.modality_subsets": ("none", "last", "every"),
-    "engine.name": ("local", "ray"),
+    "engine.name": ("local", "ray", "deployment"),
     "engine.precision": ("fp32", "bf16"),
     "tracking.wandb.mode": ("offline", "online", "disabled"),
 }
@@ -200,6 +203,7 @@ BOUNDS = {
     "federation.min_sites": (0, False),
     "federation.quorum": (0, True),
     "federation.start_deadline_s": (0, False),
+    "federation.identify_deadline_s": (0, False),
     "federation.query_deadline_s": (0, False),
     "federation.train_deadline_s": (0, False),
     "federation.evaluate_deadline_s": (0, False),

@@ -33,6 +33,7 @@ from fedmed.federation.strategy import Strategy
 from fedmed.files import json_ready, write_json, write_text
 from fedmed.metrics import main_metric, round_metrics
 from fedmed.registry import resolve
+from fedmed.report.personal import LocalScores, read_local
 from fedmed.report.run_folder import RunFolder
 from fedmed.report.summary import build_summary
 
@@ -104,6 +105,7 @@ def run_server(
     journal = Journal(folder.history, callbacks)
     central = _central_scorer(config, data_path, model, layout, activation, cls)
     check_selection(config, facts.task, central is not None)
+    local = local_scores(config, facts.task, cls, exchange.known)
     initial = layout.exchanged_state(model)
     loop: RoundLoop | None = None
     rule: FlowerStrategy | None = None
@@ -134,7 +136,7 @@ def run_server(
         final = loop.run()
     write_safetensors(folder.model, _whole(model, final))
     elapsed = time.monotonic() - started if loop is None else loop.elapsed
-    summary = _summary(folder, config, facts, data_path, layout, journal, elapsed)
+    summary = _summary(folder, config, facts, data_path, layout, journal, elapsed, local)
     if loop is not None and loop.progress.best:
         _add_selected(summary, loop.progress.best, journal)
     write_json(folder.summary, summary)
@@ -150,11 +152,14 @@ def _summary(
     layout: Layout,
     journal: Journal,
     elapsed: float,
+    local: LocalScores | None,
 ) -> dict[str, Any]:
     """The numbers of the run; what was done to the sites' labels is compared with what the rule believes, where it is known."""
     truth = read_truth(data_path) if data_path is not None else {}
     metric = main_metric(facts.task)
-    summary = build_summary(folder.path, journal.records, config, truth, main_metric=metric, seconds=elapsed)
+    summary = build_summary(
+        folder.path, journal.records, config, truth, main_metric=metric, seconds=elapsed, local=local
+    )
     if layout.personal:
         summary["notes"]["personal_entries"] = (
             f"{len(layout.personal)} entries stay at the sites; model.safetensors holds the run seed's values for them"
@@ -242,6 +247,19 @@ def check_selection(config: Config, task: str, has_central: bool) -> None:
         )
 
 
+def local_scores(config: Config, task: str, cls: type[Client], sites: Iterable[str]) -> LocalScores | None:
+    """Scores of the local-only run to be set beside this one, if one is named; read before anything begins. Raises `UserError`."""
+    folder = config.evaluation.local_only
+    if folder is None:
+        return None
+    if "personal" not in cls.views:
+        raise UserError(
+            f"evaluation.local_only: client {config.client.name!r} has no personal view to set it beside; leave the key out, "
+            "or use a method with personal models"
+        )
+    return read_local(Path(folder), main_metric(task), sites)
+
+
 def check_pair(strategy: Strategy, cls: type[Client], facts: Identity, config: Config) -> None:
     """Refuse a rule, a client and a task that do not belong together. Raises `UserError`."""
     _check_task("strategy", strategy.tasks, config.strategy.name, facts)
@@ -257,9 +275,13 @@ def check_pair(strategy: Strategy, cls: type[Client], facts: Identity, config: C
 
 def check_config(config: Config, facts: Identity) -> None:
     """Refuse before anything is started what the run would refuse later: names, arguments, method and task. Raises `UserError`."""
+    from fedmed.engines.prepare import site_file
+
     cls = client_class(config)
     make_model(config, facts.task, len(facts.classes), len(facts.channels), facts.image_size)
     check_selection(config, facts.task, has_central=True)  # whether there is one is seen later
+    with SiteFile.open(site_file(config)) as file:
+        local_scores(config, facts.task, cls, [site.name for site in file.sites])
     if config.strategy.name.startswith("flwr:"):
         flower_strategy(config)
         check_client(cls, facts, config)

@@ -93,6 +93,20 @@ def test_wrong_keys_and_values(flat: dict[str, Any], message: str) -> None:
         from_tree(nested(flat))
 
 
+@pytest.mark.parametrize(
+    ("flat", "message"),
+    [
+        ({"strategy.name": "fednoro"}, "no site sends a model, strategy 'fednoro' would have nothing to work with"),
+        ({"strategy.name": "flwr:FedMedian"}, "set strategy.name=fedavg strategy.args=null"),
+        ({"federation.plain_clients": True}, "set federation.plain_clients=false"),
+    ],
+)
+def test_what_local_only_cannot_go_with(flat: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"^federation.local_only: .*{re.escape(message)}"):
+        from_tree(nested({"federation.local_only": True, **flat}))
+    assert from_tree(nested({"federation.local_only": True})).federation.local_only and from_tree(nested(flat))
+
+
 def test_harmless_conversions() -> None:
     config = from_tree(
         nested({"optimizer.lr": 1, "name": 12, "data.mean": (1, 0.5), "seed": 0, "federation.quorum": 0})
@@ -246,7 +260,7 @@ def test_what_a_checkpoint_is_tied_to() -> None:
     base = from_tree({})
     same = {
         "name": "x", "description": "x", "out": "x", "engine.threads": 2, "tracking.wandb.enabled": True, "data.cache_dir": "x",
-        "federation.train_deadline_s": 3, "federation.checkpoint_every": 5,
+        "federation.train_deadline_s": 3, "federation.checkpoint_every": 5, "evaluation.local_only": "x",
     }  # fmt: skip
     for key, value in same.items():
         assert config_hash(from_tree(nested({key: value})), with_rounds=True) == config_hash(base, with_rounds=True), (

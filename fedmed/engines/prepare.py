@@ -37,11 +37,14 @@ def with_absolute_paths(config: Config) -> Config:
     central = config.evaluation.central
     if central not in ("auto", "none"):
         central = absolute(central)
+    alone = config.evaluation.local_only
     return dataclasses.replace(
         config,
         out=absolute(config.out) if config.out else "",
         data=dataclasses.replace(config.data, path=path, cache_dir=str(cache_folder(config))),
-        evaluation=dataclasses.replace(config.evaluation, central=central),
+        evaluation=dataclasses.replace(
+            config.evaluation, central=central, local_only=absolute(alone) if alone else None
+        ),
     )
 
 

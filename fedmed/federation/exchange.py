@@ -1,6 +1,6 @@
 """Who is there, and asking them: identification by site name, answers pulled in site order, deadlines, validation.
 
-Node ids are random and change on restart, so everything above this module speaks of site names. Replies are pulled one by one in
+Node ids are random (and change on restart unless sites have keys), so everything above this module speaks of site names. Replies are pulled one by one in
 site order and never in arrival order: sums are the same on every engine, and one reply is in memory.
 """
 
@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
@@ -19,13 +19,15 @@ from flwr.serverapp import Grid
 
 from fedmed.errors import FedMedError, QuorumLost, UserError
 from fedmed.federation import messages as names
+from fedmed.federation.admission import agreed, misfit, plain_identity
 from fedmed.federation.layout import Layout
-from fedmed.federation.messages import Answer, Identity, Update, code_hash
+from fedmed.federation.messages import Answer, Identity, Update
 from fedmed.federation.records import decode_metrics
 from fedmed.federation.state import first_non_finite
 
 log = logging.getLogger("fedmed.server")
 _POLL_S = (0.02, 0.5)  # first and longest pause between two looks for a reply
+_ASK_AGAIN_S = 30.0  # before a node that was left out is asked again who it is
 
 
 @dataclass(frozen=True)
@@ -44,123 +46,202 @@ def short_reason(text: str) -> str:
     return (lines[-1] if lines else "no reason given")[:300]
 
 
+@dataclass
+class _Node:
+    """What is known of a node that is online: what it said of itself, why it is left out, and the question that is open."""
+
+    asked: float = -math.inf  # when it was asked last who it is
+    question: str = ""  # id of the message that asks, until the answer is there
+    order: int = 0  # of its answer among all answers
+    identity: Identity | None = None
+    problem: str = ""  # why it is left out
+
+    @property
+    def awaited(self) -> bool:
+        """Asked for the first time, without an answer yet."""
+        return bool(self.question) and not self.problem
+
+
 class Exchange:
     """The sites of a run and the wire to them.
 
-    `known` keeps an index given before (a checkpoint's): site name → index. `expected` is the number of nodes a simulation starts; the run
-    waits for that many, a real federation for `min_sites`.
+    `known` keeps an index given before (a checkpoint's): site name -> index. `expected` is the number of nodes a simulation starts: the run
+    waits for that many, and ends at once when one of them does not fit, for nobody will come and mend it. A real federation waits for
+    `min_sites`, leaves out whoever does not fit, says so, and asks again later. `approved`: node id -> the name a site was approved under.
     """
 
     def __init__(
-        self, grid: Grid, *, min_sites: int, plain_clients: bool, start_deadline_s: float, expected: int | None = None
+        self,
+        grid: Grid,
+        *,
+        min_sites: int,
+        plain_clients: bool,
+        start_deadline_s: float,
+        identify_deadline_s: float = 300.0,
+        expected: int | None = None,
+        approved: Mapping[int, str] | None = None,
     ) -> None:
         self.grid = grid
         self.roster: dict[str, Identity] = {}
         self.online: dict[str, int] = {}  # site name -> node id
         self.known: dict[str, int] = {}
-        self._names: dict[int, str | None] = {}  # node id -> site name; None: refused
+        self._nodes: dict[int, _Node] = {}  # the nodes online
+        self._answers = 0
         self._min_sites = max(min_sites, expected or 0)
         self._plain_clients = plain_clients
-        self._expected = expected
-        self._deadline_s = start_deadline_s
+        self._simulated = expected is not None
+        self._strict = False  # a node that does not fit ends the run
+        self._start_s, self._identify_s = start_deadline_s, identify_deadline_s
+        self._approved = dict(approved or {})
 
     @property
     def sites(self) -> tuple[str, ...]:
         """Names of the sites online, in site order (by index)."""
         return tuple(sorted(self.online, key=lambda name: self.roster[name].index))
 
+    @property
+    def num_sites(self) -> int:
+        """How many places there are: every index that was ever given is smaller."""
+        return 1 + max(self.known.values(), default=-1)
+
     def wait_for_sites(self) -> None:
-        """Wait until enough sites have identified themselves. Raises `QuorumLost` at the deadline, `UserError` if sites do not fit together."""
-        deadline = time.monotonic() + self._deadline_s
+        """Wait until enough sites that fit together have identified themselves, and everyone online has been heard.
+
+        Their indices follow their names, whoever came first. Raises `QuorumLost` at the deadline with the reasons; in a simulation
+        `UserError` or `FedMedError` for the first node that does not fit.
+        """
+        self._strict = self._simulated
+        deadline, pause = time.monotonic() + self._start_s, _POLL_S[0]
         while True:
-            self.refresh(strict=True)
-            if len(self.online) >= self._min_sites:
-                return
-            if time.monotonic() >= deadline:
-                raise QuorumLost(
-                    f"{len(self.online)} of the {self._min_sites} sites needed were online after {self._deadline_s:g} s "
-                    f"({', '.join(self.sites) or 'none'}); start the missing sites, or lower federation.min_sites"
-                )
-            time.sleep(_POLL_S[1])
+            heard = self._look()
+            fitting = self._fitting()
+            late = time.monotonic() >= deadline
+            if len(fitting) >= self._min_sites and (heard or late):
+                break
+            if late:
+                raise QuorumLost(self._too_few(fitting))
+            time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
+            pause = min(pause * 1.5, _POLL_S[1])
+        self._strict = False
+        self._enrol(fitting)
 
-    def refresh(self, *, strict: bool = False) -> None:
-        """Look who is online and identify new nodes. With `strict`, a node that does not fit ends the run; later it is only refused."""
-        nodes = list(self.grid.get_node_ids())
-        new = [n for n in nodes if n not in self._names]
-        if new:
-            self._identify(sorted(new), strict)
-        online: dict[str, int] = {}
-        for node in nodes:
-            name = self._names.get(node)
-            if name is None:
-                continue
-            if name in online:
-                if strict:
-                    raise UserError(f"two nodes call themselves {name!r}; give every site a name of its own")
-                # A site that was restarted has a new node while the old one is still listed: the one that answered last is alive.
-                node = max(node, online[name], key=list(self._names).index)
-            online[name] = node
-        self.online = online
+    def refresh(self) -> None:
+        """Look who is online. A new node has `identify_deadline_s` to say who it is; one that was left out is asked again, and not waited for."""
+        deadline, pause = time.monotonic() + self._identify_s, _POLL_S[0]
+        while not self._look() and time.monotonic() < deadline:
+            time.sleep(pause)
+            pause = min(pause * 1.5, _POLL_S[1])
+        self._enrol(self._fitting())
 
-    def _identify(self, nodes: list[int], strict: bool) -> None:
-        requests = [(str(n), Message(names.pack(config={}), n, "query.identify")) for n in nodes]
-        found: list[Identity] = []
-        for node, reply in zip(nodes, self.replies(requests, self._deadline_s), strict=True):
-            identity = self._read_identity(node, reply, strict)
-            if identity is None:
-                self._names[node] = None
-            else:
-                found.append(dataclasses.replace(identity, node_id=node))
-        for identity in sorted(found, key=lambda i: i.site):
-            problem = self._misfit(identity)
-            if problem and strict:
-                raise UserError(problem)
-            if problem:
-                log.warning("refused: %s", problem)
-                self._names[identity.node_id] = None
-                continue
-            index = self.known.setdefault(identity.site, max(self.known.values(), default=-1) + 1)
-            self.roster[identity.site] = dataclasses.replace(identity, index=index)
-            self._names[identity.node_id] = identity.site
+    # ------------------------------------------------------------------ who is there
 
-    def _read_identity(self, node: int, reply: Reply, strict: bool) -> Identity | None:
-        found = names.part(reply.message.content, names.IDENTITY, ConfigRecord) if reply.message is not None else None
+    def _look(self) -> bool:
+        """Ask the nodes that are due, take the answers that are there; True when nobody is waited for."""
+        self._nodes = {number: self._nodes.get(number) or _Node() for number in sorted(self.grid.get_node_ids())}
+        now = time.monotonic()
+        due = [number for number, node in self._nodes.items() if self._is_due(node, now)]
+        if due:
+            messages = [Message(names.pack(config={}), number, "query.identify") for number in due]
+            for number, question in zip(due, self.grid.push_messages(messages), strict=True):
+                self._nodes[number].asked, self._nodes[number].question = now, question
+        asked = {node.question: number for number, node in self._nodes.items() if node.question}
+        for message in self.grid.pull_messages(list(asked)) if asked else ():
+            self._heard(asked[message.metadata.reply_to_message_id], message)
+        for number, node in self._nodes.items():
+            if node.awaited and time.monotonic() - node.asked >= self._identify_s:
+                self._unidentified(number, f"no answer within {self._identify_s:g} s")
+        return not any(node.awaited for node in self._nodes.values())
+
+    def _is_due(self, node: _Node, now: float) -> bool:
+        """Whether to ask a node who it is: at once when it is new, after a pause when it is left out (it may have been mended)."""
+        pause = self._identify_s if node.question else _ASK_AGAIN_S
+        return node.asked < 0 or (bool(node.problem) and now - node.asked >= pause)
+
+    def _heard(self, number: int, message: Message) -> None:
+        node = self._nodes[number]
+        node.question, node.identity = "", None
+        self._answers += 1
+        node.order = self._answers
+        found = names.part(message.content, names.IDENTITY, ConfigRecord) if not message.has_error() else None
         if found is not None:
             with contextlib.suppress(TypeError):  # not an identity: goes on as if there were none
-                return Identity.from_config(found)
-        if self._plain_clients:
-            return Identity(
-                site=f"node-{node}",
-                task="",
-                classes=(),
-                channels=(),
-                image_size=(),
-                label_kind="",
-                num_train=0,
-                plain=True,
-            )
-        problem = f"node {node} did not identify itself: {reply.reason or 'its answer has no identity'}"
-        if strict and self._expected is not None and reply.reason:  # a simulation: nobody will come and mend the node
-            if reply.reason.startswith("UserError: "):
-                raise UserError(reply.reason.removeprefix("UserError: "))
-            raise FedMedError(problem)
-        log.warning("%s; left out. Set federation.plain_clients=true to accept plain Flower clients", problem)
-        return None
+                node.identity = dataclasses.replace(Identity.from_config(found), node_id=number)
+                return
+        reason = short_reason(message.error.reason or "") if message.has_error() else "its answer has no identity"
+        self._unidentified(number, reason)
 
-    def _misfit(self, identity: Identity) -> str | None:
-        """Why a site cannot work with the others, in one line, or None."""
-        first = next((i for i in self.roster.values() if not i.plain), None)
-        if identity.plain:
+    def _unidentified(self, number: int, reason: str) -> None:
+        """Take a node that does not say who it is for a plain Flower client, where these are welcome; else leave it out."""
+        if self._plain_clients:
+            node = self._nodes[number]
+            node.question, node.identity = "", plain_identity(number)
+        elif reason.startswith("UserError: "):  # our own site, which refuses
+            self._leave_out(number, f"{self._called(number)}: {reason.removeprefix('UserError: ')}")
+        else:
+            hint = (
+                ""
+                if number in self._approved or self._strict
+                else " (plain Flower clients need federation.plain_clients=true)"
+            )
+            self._leave_out(number, f"{self._called(number)} did not identify itself: {reason}{hint}", FedMedError)
+
+    def _leave_out(self, number: int, problem: str, kind: type[FedMedError] = UserError) -> None:
+        if self._strict:
+            raise kind(problem)
+        if self._nodes[number].problem != problem:
+            log.warning("left out: %s", problem)
+        self._nodes[number].problem = problem
+
+    def _called(self, number: int) -> str:
+        return f"site {self._approved[number]!r}" if number in self._approved else f"node {number}"
+
+    # ------------------------------------------------------------------ who takes part
+
+    def _fitting(self) -> dict[str, int]:
+        """Site name -> node of those that fit together; what is wrong with the others is noted."""
+        said = sorted((n.order, number, n.identity) for number, n in self._nodes.items() if n.identity is not None)
+        placed = [identity for identity in self.roster.values() if not identity.plain]
+        first = placed[0] if placed else agreed([identity for _, _, identity in said])
+        fitting: dict[str, int] = {}
+        for _, number, identity in said:
+            problem = self._borrowed_name(number, identity) or misfit(identity, first)
+            if problem:
+                self._leave_out(number, problem)
+                continue
+            if identity.site in fitting and self._strict:
+                raise UserError(f"two nodes call themselves {identity.site!r}; give every site a name of its own")
+            # A site that was restarted may have a new node while the old one is still listed: the one that answered last is alive.
+            fitting[identity.site] = number
+            self._nodes[number].problem = ""
+        return fitting
+
+    def _borrowed_name(self, number: int, identity: Identity) -> str | None:
+        """Why a node may not bear the name it gives itself, or None: a name belongs to the key it was approved with."""
+        owner = next((node for node, name in self._approved.items() if name == identity.site), number)
+        if owner == number:
             return None
-        if identity.code_hash != code_hash():
-            return f"site {identity.site!r} runs other code ({identity.code_hash}) than the server ({code_hash()}); install the same version at both ends"
-        if first is None:
-            return None
-        for field in ("schema", "task", "classes", "channels", "image_size"):
-            mine, theirs = getattr(identity, field), getattr(first, field)
-            if mine != theirs:
-                return f"sites differ in {field}: {first.site!r} has {_brief(theirs)}, {identity.site!r} has {_brief(mine)}; all sites of a run must agree"
-        return None
+        return f"{self._called(number)} calls itself {identity.site!r}, which is another approved site; `name` in its site.yaml must be its own"
+
+    def _enrol(self, fitting: dict[str, int]) -> None:
+        """Give new sites the next indices, by name."""
+        for name in sorted(fitting):
+            identity = self._nodes[fitting[name]].identity
+            assert identity is not None
+            self.roster[name] = dataclasses.replace(identity, index=self.known.setdefault(name, self.num_sites))
+        self.online = fitting
+
+    def _too_few(self, fitting: Mapping[str, int]) -> str:
+        """The error of a run that cannot start: who is there, who was left out and why, who is missing."""
+        problems = [node.problem for node in self._nodes.values() if node.problem]
+        away = sorted(name for number, name in self._approved.items() if number not in self._nodes)
+        reasons = f"; left out: {'; '.join(problems[:5])}" if problems else ""
+        missing = f"; not online: {', '.join(away)}" if away else ""
+        return (
+            f"{len(fitting)} of the {self._min_sites} sites needed were online after {self._start_s:g} s "
+            f"({', '.join(sorted(fitting)) or 'none'}){reasons}{missing}; start the missing sites, or lower federation.min_sites"
+        )
+
+    # ------------------------------------------------------------------ the wire
 
     def replies(self, requests: Sequence[tuple[str, Message]], deadline_s: float) -> Iterator[Reply]:
         """Send all requests, then yield one `Reply` per request in the given order.
@@ -208,7 +289,7 @@ def read_update(content: RecordDict, identity: Identity, layout: Layout) -> Upda
         return f"the arrays cannot be read: {type(error).__name__}: {error}"
     if count == 0:
         return Update(identity.site, identity.index, 0, {}, extras, metrics)
-    if not arrays:
+    if not arrays and layout.exchanged:
         return f"the reply has no {names.ARRAYS!r} record"
     misfit = layout.misfit(arrays, identity.groups_left_out)
     if misfit:
@@ -265,8 +346,3 @@ class Quorum:
                 f"round {self._round}, {self._phase}: {self.valid} valid answers of {self._asked} asked, {self.needed} needed ({failures}). "
                 f"{self._resume_hint()}"
             )
-
-
-def _brief(value: object) -> str:
-    text = str(list(value) if isinstance(value, tuple) else value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -36,8 +36,11 @@ def test_a_source_that_was_rewritten_is_derived_anew(tmp_path: Path) -> None:
 
 def test_paths_mean_the_same_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    config = load_config("fedavg", ["data.path=a.h5", "evaluation.central=b.h5", "data.cache_dir=c", "out=runs/x"])
+    words = ["data.path=a.h5", "evaluation.central=b.h5", "evaluation.local_only=d", "data.cache_dir=c", "out=runs/x"]
+    config = load_config("fedavg", words)
     moved = with_absolute_paths(config)
+    assert moved.evaluation.local_only == str(tmp_path / "d")
+    assert with_absolute_paths(load_config("fedavg", words[3:])).evaluation.local_only is None
     assert moved.data.path == str(tmp_path / "a.h5") and moved.evaluation.central == str(tmp_path / "b.h5")
     assert moved.out == str(tmp_path / "runs" / "x") and moved.data.cache_dir == str(tmp_path / "c")
     assert (tmp_path / "c").stat().st_mode & 0o777 == 0o700  # it holds copies of images

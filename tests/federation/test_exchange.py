@@ -183,6 +183,15 @@ def test_nothing_to_train_on_is_heard_and_not_summed() -> None:
         assert isinstance(update, Update) and update.num_examples == 0 and update.arrays == {}
 
 
+def test_where_nothing_travels_an_update_has_no_arrays() -> None:
+    layout = Layout.of(MODEL, lambda name, module: True)
+    for arrays in (None, {}):
+        update = read_update(pack(arrays=arrays, metrics={"num-examples": 3}), IDENTITY, layout)
+        assert isinstance(update, Update) and update.num_examples == 3 and update.arrays == {}
+    sent = read_update(pack(arrays=STATE, metrics={"num-examples": 3}), IDENTITY, layout)
+    assert str(sent).startswith("unexpected entry")
+
+
 @pytest.mark.parametrize("count", [-1, 0.5, math.nan, math.inf, [3]])
 def test_impossible_counts(count: object) -> None:
     assert "num-examples: expected a whole number >= 0" in str(read(metrics={"num-examples": count}))
