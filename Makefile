@@ -1,7 +1,7 @@
 # make demo      compare two methods on synthetic sites; the report lands in demo-report/ (made anew; DEMO_OUT=dir: there)
 # make test      the fast tests          make test-slow   effects, golden metrics, engines
 # make lint      ruff and import layers  make types       mypy
-# make results   the tables of docs/results.md; DATA=folder with ham10000_cls.h5, ham10000_seg.h5, lgg_mri.h5, nih_cxr.h5
+# make results   the tables of docs/results.md; DATA=folder with the site files they name
 # make bench     speed measurements      make clean       remove what make made, results in runs/ excepted
 #
 # PYTHON=python3.12 chooses the interpreter, PYTEST_ARGS="-k state" selects tests. The environment is built in .venv on first use.
@@ -65,7 +65,7 @@ types: dev
 	@$(BIN)/mypy fedmed strategies clients data_prep
 
 bench: dev
-	@for script in benchmarks/aggregation.py benchmarks/round_overhead.py benchmarks/startup.py; do [ -e "$$script" ] || { echo "no benchmarks"; break; }; echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+	@for script in benchmarks/aggregation.py benchmarks/round_overhead.py benchmarks/startup.py benchmarks/losses.py; do [ -e "$$script" ] || { echo "no benchmarks"; break; }; echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
 
 results: dev
 	@$(BIN)/python benchmarks/results.py fednoro --data "$(DATA)/ham10000_cls.h5" --seeds 5
@@ -76,6 +76,9 @@ results: dev
 	@$(BIN)/python benchmarks/results.py fedmlp --data "$(DATA)/nih_cxr.h5" --seeds 3
 	@$(BIN)/python benchmarks/results.py long_tail --data "$(DATA)/ham10000_cls.h5" --seeds 3
 	@$(BIN)/python benchmarks/results.py passion --data "$(DATA)/lgg_mri.h5" --seeds 3
+	@$(BIN)/python benchmarks/results.py weak_acdc --data "$(DATA)/acdc_scribble.h5" --seeds 3
+	@$(BIN)/python benchmarks/results.py fedmix_skin --data "$(DATA)/ham10000_seg.h5" --seeds 3
+	@$(BIN)/python benchmarks/results.py fedmix_heart --data "$(DATA)/acdc_scribble.h5" --seeds 3
 
 clean:
 	@rm -rf $(VENV) demo-report build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,6 +1,6 @@
 """Losses with pairs of pixels: the gated CRF loss against its unfold form (and the tree energy loss, where it is there).
 
-    python benchmarks/losses.py            value and gradient, float32, one thread
+    python benchmarks/losses.py            value and gradient, float32, one thread; and the share of each loss in a training step
     python benchmarks/losses.py --tiny     small inputs, equality checks only
 
 The unfold form (kept with the tests) makes all (2r+1)² shifted copies and leaves the gradient to autograd. Limit: what
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import losses_step
 import losses_tree
 import torch
 from loss_rows import Row, extra_mib, main
@@ -128,7 +129,8 @@ def measure(tiny: bool = False, repetitions: int = 7) -> list[Row]:
 
 
 def measure_all(tiny: bool = False, repetitions: int = 7) -> list[Row]:
-    """This loss and the tree energy."""
+    """This loss and the tree energy, after what either adds to a training step."""
+    losses_step.measure(tiny, repetitions)
     return measure(tiny, repetitions) + losses_tree.measure(tiny, repetitions)
 
 
