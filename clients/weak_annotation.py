@@ -30,7 +30,7 @@ from fedmed.losses.gated_crf import Kernel, gated_crf
 from fedmed.losses.partial import labelled_pixels, partial_cross_entropy
 from fedmed.losses.tree_energy import Form, tree_energy_loss
 from fedmed.models.output import Output
-from fedmed.models.side_unet import SIDE_LOGITS
+from fedmed.models.side_unet import SIDE_LOGITS, SideUNet
 
 log = logging.getLogger("fedmed.site")
 
@@ -128,6 +128,8 @@ class WeakAnnotation(Client):
                 f"client {self.config.client.name!r} reads softmax outputs, not {self.activation}; "
                 "set model.activation=softmax"
             )
+        if isinstance(self.model, SideUNet):
+            self.model.give_sides = self.params.tree_weight > 0
         if not any_labelled(self.train_set):
             log.log(
                 logging.WARNING if self.round <= 1 else logging.INFO,

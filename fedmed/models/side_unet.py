@@ -117,15 +117,18 @@ class SideUNet(nn.Module):
     """The U-Net with three side outputs for the tree energy loss.
 
     In: images (B, in_channels, H, W) float32, sides of at least 16. Out: logits (B, num_outputs, H, W), features (B, b, H, W), what
-    enters the last convolution, and in `aux` the entry `side_logits`: (B, num_outputs, ·, ·) at 1/4, 1/2 and 1/1 of the resolution;
-    they are made in training mode only, since nothing reads them elsewhere. side_width: channels in a side head, 512 published,
-    which costs more than the rest of the network at small base widths. b = 16, width 512, one channel, two outputs: 2,337,250
-    parameters. Groups `depth`: encoder stages, up1 ... up4, last convolution and side heads.
+    enters the last convolution, and in `aux` the entry `side_logits`: (B, num_outputs, ·, ·) at 1/4, 1/2 and 1/1 of the resolution.
+    They are made in training mode only, and while `give_sides` is true, since they are costly and nothing else reads them.
+
+    side_width: channels in a side head, 512 published, which costs more than the rest of the network at small base widths. b = 16,
+    width 512, one channel, two outputs: 2,337,250 parameters. Groups `depth`: encoder stages, up1 ... up4, last convolution and side
+    heads.
     """
 
     MIN_IMAGE_SIZE = 16
     TASKS = ("segmentation",)
     classifier_prefixes: tuple[str, ...] = ("decoder.out_conv",)
+    give_sides = True  # a client that does not read the side outputs says so
 
     def __init__(self, in_channels: int, num_outputs: int, base_width: int = 16, side_width: int = 512) -> None:
         super().__init__()
@@ -143,8 +146,10 @@ class SideUNet(nn.Module):
     def decode(self, maps: list[Tensor]) -> Output:
         """The `Output` from the encoder's maps."""
         stages = self.decoder.stages(maps)
-        sides = [head(stage) for head, stage in zip(self.sides, stages[1:], strict=True)] if self.training else None
-        return Output(self.decoder.out_conv(stages[-1]), stages[-1], {SIDE_LOGITS: sides} if sides else None)
+        aux = None
+        if self.training and self.give_sides:
+            aux = {SIDE_LOGITS: [head(stage) for head, stage in zip(self.sides, stages[1:], strict=True)]}
+        return Output(self.decoder.out_conv(stages[-1]), stages[-1], aux)
 
     def forward(self, images: Tensor) -> Output:
         """Give the `Output` of images (B, in_channels, H, W)."""
