@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +84,17 @@ def _show_log(level: int) -> None:
 
 
 def run_server(
-    grid: Grid, config: Config, *, callbacks: Iterable[Callback] = (), resume: bool = False
+    grid: Grid,
+    config: Config,
+    *,
+    callbacks: Iterable[Callback] = (),
+    resume: bool = False,
+    approved: Mapping[int, str] | None = None,
 ) -> dict[str, Any]:
     """Run a federation over any Flower grid and give its summary; `config.out` is the run folder.
 
-    Raises `UserError` for what does not fit together, `QuorumLost` when too few sites answer (a checkpoint is kept).
+    `approved`: node id -> the name a site was approved under, in a deployment. Raises `UserError` for what does not fit together,
+    `QuorumLost` when too few sites answer (a checkpoint is kept).
     """
     from fedmed.engines.prepare import site_file
 
@@ -97,7 +103,7 @@ def run_server(
     data_path = site_file(config) if config.data.path else None
     store = CheckpointStore(folder.checkpoint)
     checkpoint = _checkpoint(store, config, resume)
-    exchange = _sites(grid, config, data_path, checkpoint)
+    exchange = _sites(grid, config, data_path, checkpoint, approved)
     facts = _facts(exchange, data_path)
     cls = client_class(config)
     model, activation = make_model(config, facts.task, len(facts.classes), len(facts.channels), facts.image_size)
@@ -167,7 +173,13 @@ def _summary(
     return summary
 
 
-def _sites(grid: Grid, config: Config, data_path: Path | None, checkpoint: Checkpoint | None) -> Exchange:
+def _sites(
+    grid: Grid,
+    config: Config,
+    data_path: Path | None,
+    checkpoint: Checkpoint | None,
+    approved: Mapping[int, str] | None,
+) -> Exchange:
     """The sites of the run, once enough of them are there. Raises `UserError`, `QuorumLost`."""
     from fedmed.engines.prepare import count_sites
 
@@ -178,7 +190,8 @@ def _sites(grid: Grid, config: Config, data_path: Path | None, checkpoint: Check
         )
     exchange = Exchange(
         grid, min_sites=config.federation.min_sites, plain_clients=config.federation.plain_clients,
-        start_deadline_s=config.federation.start_deadline_s, expected=expected,
+        start_deadline_s=config.federation.start_deadline_s, identify_deadline_s=config.federation.identify_deadline_s,
+        expected=expected, approved=approved,
     )  # fmt: skip
     if checkpoint is not None:
         exchange.known = dict(checkpoint.sites)

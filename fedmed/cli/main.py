@@ -10,6 +10,7 @@ import click
 import typer
 
 from fedmed import __version__
+from fedmed.cli import coordinator, site
 from fedmed.errors import FedMedError, UserError
 
 app = typer.Typer(
@@ -20,6 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(coordinator.app)
+app.add_typer(site.app)
 
 Out = Annotated[str | None, typer.Option("--out", metavar="DIR", help="Folder for the results; must be empty or new.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error and detailed logs.")]
@@ -66,7 +70,19 @@ def run_command(
     engine: Annotated[
         str | None,
         typer.Option(
-            "--engine", metavar="local|ray", help="What to run on; same as engine.name=...", show_default=False
+            "--engine",
+            metavar="local|ray|deployment",
+            help="What to run on; same as engine.name=...",
+            show_default=False,
+        ),
+    ] = None,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(
+            "--coordinator",
+            metavar="DIR",
+            help="With --engine deployment: the coordinator's folder. Its runs/ takes the results.",
+            show_default=False,
         ),
     ] = None,
     out: Out = None,
@@ -79,8 +95,9 @@ def run_command(
 
     _start(debug, quiet)
     run_experiment(
-        experiment, overrides or [], engine=engine, out=out, resume=resume, quiet=quiet, say=typer.echo, note=_note
-    )
+        experiment, overrides or [], engine=engine, coordinator=coordinator, out=out, resume=resume, quiet=quiet,
+        say=typer.echo, note=_note,
+    )  # fmt: skip
 
 
 @app.command("list")
@@ -141,7 +158,7 @@ def _fail(error: BaseException, debug: bool) -> int:
         _note("interrupted")
         return 130
     if isinstance(error, FedMedError):
-        _note(f"error: {error}")
+        _note("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]))
         return 2 if isinstance(error, UserError) else 3
     text = " ".join(str(error).split())
     hint = "" if debug else "; run again with --debug for the traceback"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,18 +19,25 @@ def run(
     resume: bool = False,
     callbacks: Iterable[Callback] = (),
     client_app: ClientApp | None = None,
+    coordinator: str | Path | None = None,
     **grid_options: Any,
 ) -> dict[str, Any]:
-    """Run a simulation on the engine of the configuration and give the summary; `config.out` names the run folder.
+    """Run on the engine of the configuration and give the summary; `config.out` names the run folder.
 
-    `client_app`: another Flower ClientApp in place of ours (local engine, with `federation.plain_clients=true`). `grid_options` go to
-    `LocalGrid`. Raises `UserError` and `QuorumLost`.
+    `coordinator`: folder of the coordinator whose sites take part (deployment engine). `client_app`: another Flower ClientApp in place of
+    ours (local engine, with `federation.plain_clients=true`). `grid_options` go to `LocalGrid`. Raises `UserError` and `QuorumLost`.
     """
     import torch
 
     from fedmed.config import to_yaml
     from fedmed.engines.prepare import count_sites, site_file, with_absolute_paths
 
+    if coordinator is not None or config.engine.name == "deployment":
+        from fedmed.engines.deployment import check_coordinator
+        from fedmed.engines.deployment import run as run_deployment
+
+        folder = check_coordinator(config, coordinator)
+        return run_deployment(config, folder, resume=resume, callbacks=callbacks)
     config = with_absolute_paths(config)
     num_sites = count_sites(site_file(config))
     if config.engine.name == "ray":

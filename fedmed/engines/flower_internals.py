@@ -450,7 +450,7 @@ def _patient_invoker(address: str) -> Any:
     def gives_up(error: Exception) -> bool:
         if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED:
             raise TaskLost(
-                f"Flower at {address} no longer knows the task: no sign of life of it came through"
+                f"Flower at {address} no longer knows the task: its run has ended, or no sign of life of it came through"
             ) from error
         try:
             return bool(flowers_choice(error))

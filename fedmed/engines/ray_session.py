@@ -8,60 +8,30 @@ from __future__ import annotations
 import queue
 import signal
 import subprocess
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import IO
 
 from fedmed.engines import processes
 from fedmed.engines.bundle import write_private
-from fedmed.engines.flower_internals import (
-    CONNECTION,
-    RunState,
-    connection_toml,
-    free_port,
-    last_json_object,
-    parse_run_state,
-    superlink_command,
-)
+from fedmed.engines.flower_internals import RunState, connection_toml, free_port, superlink_command
+from fedmed.engines.flwr_commands import FlwrCommands
 from fedmed.engines.ray_log import ConsoleFilter, clean, telling_lines
+from fedmed.engines.signals import handled, leave
 from fedmed.errors import FedMedError
 
 START_LIMIT_S = 90.0  # a SuperLink needs about 2 s; slow network file systems take long to import
-COMMAND_LIMIT_S = 120.0  # one call of the flwr command, about 1 s
 PENDING_LIMIT_S = 120.0  # from handing a run in to its start
 SILENCE_S = 30.0  # without a line of output, after which the status is asked for (each question costs a Python start)
 TICK_S = 0.5  # how soon a dead SuperLink or a passed deadline is seen
 GUARD_LIMIT_S = 30.0  # for the guard to see that nothing is left
 ATTEMPTS = 3  # at a free port; of log streams that break off
 TAIL_LINES = 2000  # kept in memory for the error message
-
-
-@contextmanager
-def _signals(
-    action: Callable[[int, FrameType | None], None] | signal.Handlers, *numbers: signal.Signals
-) -> Iterator[None]:
-    """Handle some signals in a given way for a while; does nothing outside the main thread, where Python forbids it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = {number: signal.signal(number, action) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    """Turn a polite request to end into an exception, so that the run is ended first."""
-    raise SystemExit(128 + number)
 
 
 class Session:
@@ -83,7 +53,10 @@ class Session:
         self._guard: subprocess.Popen[bytes] | None = None
         self._log: IO[str] | None = None
         self._filter = ConsoleFilter()
-        self._stop_signals = _signals(_leave, signal.SIGTERM)
+        self._flwr = FlwrCommands(
+            self.work, env, note=self._file, time_left=lambda: self.deadline - time.monotonic(), log=log_path
+        )
+        self._stop_signals = handled(leave, signal.SIGTERM)
 
     def __enter__(self) -> Session:
         self._stop_signals.__enter__()
@@ -103,7 +76,7 @@ class Session:
 
     def _close(self) -> None:
         """End and remove everything. A second Ctrl-C must not leave half of it running, so none is heard meanwhile."""
-        with _signals(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM):
+        with handled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM):
             left = processes.terminate(self.home)
             if self._superlink is not None:
                 self._superlink.poll()
@@ -124,12 +97,15 @@ class Session:
         if self._superlink is not None and self._superlink.poll() is not None:
             raise FedMedError(f"Flower's SuperLink ended in the middle of the run: {self._superlink_words()}")
 
-    def _note(self, line: str) -> None:
-        line = clean(line)
-        self.tail.append(line)
+    def _file(self, line: str) -> None:
         if self._log is not None:
             self._log.write(f"{line}\n")
             self._log.flush()
+
+    def _note(self, line: str) -> None:
+        line = clean(line)
+        self.tail.append(line)
+        self._file(line)
         if self.on_line is not None and self._filter.shows(line):
             self.on_line(line)
 
@@ -178,75 +154,9 @@ class Session:
             lines = []
         return " | ".join(telling_lines(lines) or [clean(line) for line in lines[-3:]]) or "it said nothing"
 
-    def _flwr(self, *arguments: str) -> str:
-        """Call the flwr command and give its standard output; the exit code is not looked at.
-
-        Raises `FedMedError` when it takes too long.
-        """
-        left = max(1.0, min(COMMAND_LIMIT_S, self.deadline - time.monotonic()))
-        try:
-            done = subprocess.run(
-                ["flwr", *arguments],
-                cwd=self.work,
-                env=self.env,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=left,
-                start_new_session=True,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise FedMedError(f"flwr {arguments[0]} gave no answer within {left:.0f} s; see {self.log_path}") from None
-        output = done.stdout.decode("utf-8", errors="replace")
-        if self._log is not None:
-            for line in (output + done.stderr.decode("utf-8", errors="replace")).splitlines():
-                self._log.write(f"[flwr {arguments[0]}] {clean(line)}\n")
-        return output
-
     def submit(self, app: Path, run_config: Path, federation: str) -> str:
         """Hand the run in and give its id. Raises `FedMedError` with Flower's words when it is refused."""
-        options = ("--format", "json", "-c", str(run_config), "--federation-config", federation)
-        output = self._flwr("run", str(app), CONNECTION, *options)
-        try:
-            answer = last_json_object(output)
-        except ValueError:
-            answer = {"error-message": " ".join(clean(output).split())[-500:] or "no answer"}
-        if not answer.get("success") or not answer.get("run-id"):
-            raise FedMedError(f"flwr run refused the app: {answer.get('error-message', answer)}")
-        return str(answer["run-id"])
-
-    def state(self, run_id: str) -> RunState:
-        """Ask for the state of the run. Raises `FedMedError` when there is no answer."""
-        output = self._flwr("ls", CONNECTION, "--run-id", run_id, "--format", "json")
-        try:
-            return parse_run_state(output, run_id)
-        except ValueError as error:
-            raise FedMedError(f"flwr ls gave no state of the run: {error}") from None
-
-    def _stream(self, run_id: str, lines: queue.Queue[str | None], skip: int) -> None:
-        """Follow the log in a thread: lines go to `lines`, None when the stream ends.
-
-        Every stream begins with the first line of the run; `skip` leaves out those already had.
-        """
-        process = subprocess.Popen(
-            ["flwr", "log", run_id, CONNECTION, "--stream"],
-            cwd=self.work,
-            env=self.env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-
-        def read() -> None:
-            with process:
-                assert process.stdout is not None
-                for number, line in enumerate(process.stdout):
-                    if number >= skip:
-                        lines.put(line.decode("utf-8", errors="replace"))
-            lines.put(None)
-
-        threading.Thread(target=read, name="flwr-log", daemon=True).start()
+        return self._flwr.submit(app, run_config, federation)
 
     def follow(self, run_id: str) -> RunState:
         """Follow the run to its end and give its final state.
@@ -254,7 +164,7 @@ class Session:
         Raises `FedMedError` when the deadline passes, the run does not begin or the SuperLink dies.
         """
         lines: queue.Queue[str | None] = queue.Queue()
-        self._stream(run_id, lines, 0)
+        self._flwr.stream(run_id, lines, 0)
         begun = time.monotonic()
         ask_at, received, broken = begun + SILENCE_S, 0, 0
         while True:
@@ -280,17 +190,17 @@ class Session:
             if item is None:
                 broken += 1
                 if broken < ATTEMPTS:
-                    self._stream(run_id, lines, received)
+                    self._flwr.stream(run_id, lines, received)
 
     def _patient_state(self, run_id: str) -> RunState:
         """Ask for the state, three times if need be: a run that trains is not given up for one unanswered question."""
         for _ in range(ATTEMPTS - 1):
             try:
-                return self.state(run_id)
+                return self._flwr.state(run_id)
             except FedMedError:
                 self._check_alive()
                 time.sleep(TICK_S)
-        return self.state(run_id)
+        return self._flwr.state(run_id)
 
     def _drain(self, lines: queue.Queue[str | None]) -> None:
         while not lines.empty():

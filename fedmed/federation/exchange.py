@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
@@ -144,9 +144,12 @@ class Exchange:
             messages = [Message(names.pack(config={}), number, "query.identify") for number in due]
             for number, question in zip(due, self.grid.push_messages(messages), strict=True):
                 self._nodes[number].asked, self._nodes[number].question = now, question
+                if not question:
+                    self._unidentified(number, "it went offline")
         asked = {node.question: number for number, node in self._nodes.items() if node.question}
         for message in self.grid.pull_messages(list(asked)) if asked else ():
-            self._heard(asked[message.metadata.reply_to_message_id], message)
+            if message.metadata.reply_to_message_id in asked:
+                self._heard(asked[message.metadata.reply_to_message_id], message)
         for number, node in self._nodes.items():
             if node.awaited and time.monotonic() - node.asked >= self._identify_s:
                 self._unidentified(number, f"no answer within {self._identify_s:g} s")
@@ -176,7 +179,8 @@ class Exchange:
             node = self._nodes[number]
             node.question, node.identity = "", plain_identity(number)
         elif reason.startswith("UserError: "):  # our own site, which refuses
-            self._leave_out(number, f"{self._called(number)}: {reason.removeprefix('UserError: ')}")
+            text = reason.removeprefix("UserError: ")
+            self._leave_out(number, text if text.startswith("site ") else f"{self._called(number)}: {text}")
         else:
             hint = (
                 ""
@@ -315,34 +319,3 @@ def _read_metrics(content: RecordDict) -> tuple[names.Metrics, str | None]:
     if record is None:
         return {}, f"the reply has no {names.METRICS!r} record"
     return decode_metrics(record), None
-
-
-class Quorum:
-    """Counts valid answers of one phase and says whether they are enough: at least `share` of those asked, and at least one."""
-
-    def __init__(self, phase: str, round_number: int, asked: int, share: float, resume_hint: Callable[[], str]) -> None:
-        self._phase, self._round, self._asked = phase, round_number, asked
-        self.needed = max(
-            1, -(-round(share * asked * 1e9) // 10**9)
-        )  # ceil, safe against 0.1 * 30 = 3.0000000000000004
-        self.valid = 0
-        self.failures: list[str] = []
-        self._resume_hint = resume_hint
-
-    def check(self) -> None:
-        """Raise `QuorumLost` if too few answers were valid, `UserError` if all sites refuse for one and the same fault of the user's."""
-        if self.valid < self.needed:
-            reasons = {failure.partition(": ")[2] for failure in self.failures}
-            if (
-                len(reasons) == 1
-                and len(self.failures) == self._asked
-                and (reason := reasons.pop()).startswith("UserError: ")
-            ):
-                raise UserError(
-                    f"{reason.removeprefix('UserError: ')} (all {self._asked} sites answered this in round {self._round}, {self._phase})"
-                )
-            failures = "; ".join(self.failures[:5]) or "no site was online"
-            raise QuorumLost(
-                f"round {self._round}, {self._phase}: {self.valid} valid answers of {self._asked} asked, {self.needed} needed ({failures}). "
-                f"{self._resume_hint()}"
-            )

@@ -17,10 +17,11 @@ from fedmed.config import Config
 from fedmed.errors import FedMedError, UserError
 from fedmed.federation import messages as names
 from fedmed.federation.checkpoint import Checkpoint, CheckpointStore
-from fedmed.federation.exchange import Exchange, Quorum, Reply, read_answer, read_update, short_reason
+from fedmed.federation.exchange import Exchange, Reply, read_answer, read_update, short_reason
 from fedmed.federation.history import Journal, Record
 from fedmed.federation.layout import Layout
 from fedmed.federation.messages import Answer, Query, Update
+from fedmed.federation.quorum import Quorum
 from fedmed.federation.records import TensorArray, decode_metrics, encode_state
 from fedmed.federation.seeding import numpy_rng
 from fedmed.federation.state import State
@@ -174,7 +175,7 @@ class RoundLoop:
     def _base_config(self, number: int, site: str) -> dict[str, Any]:
         return {
             "round": number, "rounds": self.config.federation.rounds, "site_index": self.exchange.roster[site].index,
-            "num_sites": len(self.exchange.roster), "personal_round": self.progress.accepted.get(site, 0),
+            "num_sites": self.exchange.num_sites, "personal_round": self.progress.accepted.get(site, 0),
             "durable_round": self._durable.get(site, 0), "server-round": number,
         }  # fmt: skip
 

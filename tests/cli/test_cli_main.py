@@ -15,7 +15,7 @@ from fedmed.cli import main as cli
 from fedmed.errors import FedMedError, QuorumLost, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAVY = ("torch", "flwr", "omegaconf", "matplotlib", "numpy", "ray", "monai", "wandb", "yaml")
+HEAVY = ("torch", "flwr", "omegaconf", "matplotlib", "numpy", "ray", "monai", "wandb", "yaml", "cryptography")
 
 
 @pytest.fixture
@@ -33,10 +33,14 @@ def engine(monkeypatch: pytest.MonkeyPatch, made_up) -> Any:
     from fedmed.report.summary import build_summary
 
     fake: Any = ModuleType("fedmed.engines")
-    fake.calls, fake.error, fake.save = [], None, True
+    fake.calls, fake.error, fake.save, fake.coordinators = [], None, True, []
+    fake.__path__ = [str(ROOT / "fedmed" / "engines")]  # its modules are the real ones
 
-    def run(config: Any, *, resume: bool = False, callbacks: Any = ()) -> dict[str, Any]:
+    def run(
+        config: Any, *, resume: bool = False, callbacks: Any = (), coordinator: str | None = None
+    ) -> dict[str, Any]:
         fake.calls.append((config, resume, list(callbacks)))
+        fake.coordinators.append(coordinator)
         folder = Path(config.out)
         if fake.save and not resume:
             (folder / "checkpoint").mkdir()
@@ -59,12 +63,12 @@ def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys\n"
         "from fedmed.cli.main import main\n"
-        "codes = [main(['--help']), main(['run', '--help']), main(['--version'])]\n"
+        "codes = [main(['--help']), main(['run', '--help']), main(['coordinator', '-h']), main(['site', '-h']), main(['--version'])]\n"
         f"print('HEAVY', codes, sorted(m for m in {HEAVY} if m in sys.modules), file=sys.stderr)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert "HEAVY [0, 0, 0] []" in done.stderr
-    for word in ("run", "list", "demo", "--version"):
+    assert "HEAVY [0, 0, 0, 0, 0] []" in done.stderr
+    for word in ("run", "list", "demo", "coordinator", "approve", "site", "keygen", "--version"):
         assert word in done.stdout
 
 
@@ -134,9 +138,12 @@ def test_exit_codes(
     experiment: Path, engine: Any, tmp_path: Path, capsys, error: Exception, code: int, text: str
 ) -> None:
     engine.error = error
-    assert cli.main(["run", str(experiment), "--out", str(tmp_path / "out"), "-q"]) == code
+    out = tmp_path / "out"
+    assert cli.main(["run", str(experiment), "--out", str(out), "-q"]) == code
     captured = capsys.readouterr()
-    assert captured.err == text and captured.out == ""
+    # A run that could not go on, and has a checkpoint, says how to.
+    hint = f"go on with:\n  fedmed run {experiment} --out {out} --resume\n" if code == 3 else ""
+    assert captured.err == text + hint and captured.out == ""
 
 
 def test_debug_shows_the_traceback(experiment: Path, engine: Any, tmp_path: Path, capsys) -> None:
@@ -157,6 +164,36 @@ def test_interrupt_says_how_to_go_on(experiment: Path, engine: Any, tmp_path: Pa
     assert "nothing was saved yet" in capsys.readouterr().err
 
 
+def test_a_deployment(experiment: Path, engine: Any, tmp_path: Path, capsys) -> None:
+    from fedmed.deployment.coordinator_folder import CoordinatorFolder
+
+    place = tmp_path / "a coordinator"
+    CoordinatorFolder.create(place, ["localhost"])
+    words = [
+        "run",
+        str(experiment),
+        "data.partition.name=null",
+        "--engine",
+        "deployment",
+        "--coordinator",
+        str(place),
+        "-q",
+    ]
+    assert cli.main(words) == 0
+    config = engine.calls[0][0]
+    assert engine.coordinators == [str(place)] and config.engine.name == "deployment"
+    assert Path(config.out).parent == place / "runs" and Path(config.out).name.startswith("small-")
+    assert "note: without effect here: data.partition; every site reads" in capsys.readouterr().err
+    engine.error = KeyboardInterrupt()
+    out = tmp_path / "out"
+    assert cli.main([*words, "--out", str(out)]) == 130
+    again = f"data.partition.name=null --engine deployment --coordinator '{place}' --out {out} --resume"
+    assert again in capsys.readouterr().err
+    engine.error = QuorumLost("1 of 3 sites answered")
+    assert cli.main([*words, "--out", str(tmp_path / "other")]) == 3
+    assert again.replace(str(out), str(tmp_path / "other")) in capsys.readouterr().err
+
+
 def test_callbacks_are_closed_whatever_happens(
     experiment: Path, engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +212,10 @@ def test_callbacks_are_closed_whatever_happens(
         (["run", "{experiment}", "federation.round=3"], "did you mean 'rounds'"),
         (["run", "{experiment}", "rounds"], "expected key=value"),
         (["run", "{experiment}", "--engine", "rey"], "did you mean 'ray'"),
+        (["run", "{experiment}", "--engine", "deployment"], "needs --coordinator DIR"),
+        (["run", "{experiment}", "--coordinator", "fl"], "--coordinator is for --engine deployment"),
+        (["run", "{experiment}", "--engine", "deployment", "--coordinator", "nowhere"], "is no coordinator's folder"),
+        (["coordinator", "sart"], "No such command"),
         (["run", "{experiment}", "--fast"], "No such option"),
         (["walk"], "No such command"),
         (["list", "strategy"], "did you mean 'strategies'"),

@@ -18,9 +18,10 @@ from torch import nn
 from fedmed.engines.local import LocalGrid
 from fedmed.errors import FedMedError, QuorumLost, UserError
 from fedmed.federation import messages as names
-from fedmed.federation.exchange import Exchange, Quorum, read_answer, read_update, short_reason
+from fedmed.federation.exchange import Exchange, read_answer, read_update, short_reason
 from fedmed.federation.layout import Layout
 from fedmed.federation.messages import Identity, Leaf, Update, code_hash, pack
+from fedmed.federation.quorum import Quorum
 
 IDENTITY = Identity("a", "classification", ("x", "y"), ("R",), (8, 8), "label", 5, code_hash=code_hash())
 
@@ -34,6 +35,8 @@ def site_app() -> ClientApp:
         node = context.node_config
         if "plain" in node:
             raise ValueError("no such handler")
+        if "refuses" in node:
+            raise UserError(f"site {node['site']!r} refuses: {node['refuses']}")
         fields: dict[str, Any] = {"site": str(node["site"])}
         if "odd" in node:
             fields[str(node["odd"])] = ("other",)
@@ -85,9 +88,18 @@ def test_replies_come_in_the_order_asked() -> None:
         assert nodes == [3, 1, 2, 0]
 
 
-def test_two_sites_of_one_name_are_refused_at_the_start() -> None:
+def test_late_sites_are_numbered_by_name_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = grid({"site": "c"}, {"site": "a"}, {"site": "b"})
+    contexts, over._contexts = over._contexts, {1000: over._contexts[1000]}  # only c is there at first
+    monkeypatch.setattr("fedmed.federation.exchange.time.sleep", lambda s: over._contexts.update(contexts))
+    found = exchange(over, min_sites=3, start_deadline_s=60.0)
+    found.wait_for_sites()
+    assert found.sites == ("a", "b", "c") and found.num_sites == 3
+
+
+def test_two_sites_of_one_name_end_a_simulation() -> None:
     with pytest.raises(UserError, match="two nodes call themselves 'a'"):
-        exchange(grid({"site": "a"}, {"site": "a"})).wait_for_sites()
+        exchange(grid({"site": "a"}, {"site": "a"}), expected=2).wait_for_sites()
 
 
 def test_a_restarted_site_is_the_node_that_answered_last() -> None:
@@ -109,22 +121,137 @@ def test_too_few_sites_by_the_deadline() -> None:
 
 
 @pytest.mark.parametrize("field", ["classes", "channels", "image_size"])
-def test_sites_that_differ_are_refused(field: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_sites_that_differ_end_a_simulation(field: str) -> None:
     nodes = ({"site": "a"}, {"site": "b"}, {"site": "c", "odd": field})
     with pytest.raises(
         UserError, match=f"sites differ in {field}: 'a' has .*, 'c' has .*; all sites of a run must agree"
     ):
-        exchange(grid(*nodes)).wait_for_sites()
-    late = exchange(grid(*nodes))  # one that turns up in the middle of a run is left out
-    with caplog.at_level(logging.WARNING, "fedmed.server"):
-        late.refresh()
-    assert late.sites == ("a", "b") and "refused: sites differ" in caplog.text
+        exchange(grid(*nodes), expected=3).wait_for_sites()
+
+
+def test_a_real_site_that_differs_is_named_and_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    for odd in ("a", "c"):  # the majority decides, not the first by name
+        nodes = ({"site": s, **({"odd": "classes"} if s == odd else {})} for s in "abc")
+        found = exchange(grid(*nodes))
+        with caplog.at_level(logging.WARNING, "fedmed.server"):
+            found.wait_for_sites()
+            found.refresh()
+        assert found.sites == tuple(s for s in "abc" if s != odd) and found.num_sites == 2
+        assert caplog.text.count(f"'{odd}' has ['other']") == 1  # said once
+        caplog.clear()
 
 
 def test_other_code_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedmed.federation.exchange.code_hash", lambda: "other")
+    monkeypatch.setattr("fedmed.federation.admission.code_hash", lambda: "other")
     with pytest.raises(UserError, match="runs other code"):
+        exchange(grid({"site": "a"}, {"site": "b"}), expected=2).wait_for_sites()
+    with pytest.raises(
+        QuorumLost, match=r"0 of the 2 sites .* \(none\); left out: site 'a' runs other code .*; site 'b' runs"
+    ):
         exchange(grid({"site": "a"}, {"site": "b"})).wait_for_sites()
+
+
+def test_too_few_sites_are_named_with_their_reasons() -> None:
+    approved = {1000: "a", 1001: "b", 1002: "c", 4: "d", 5: "e"}
+    nodes = ({"site": "a"}, {"site": "b", "refuses": "training.epochs=9, allowed are 2"}, {"plain": True})
+    with pytest.raises(QuorumLost) as failed:
+        exchange(grid(*nodes), approved=approved).wait_for_sites()
+    assert str(failed.value) == (
+        "1 of the 2 sites needed were online after 0.3 s (a); left out: site 'b' refuses: training.epochs=9, allowed are 2; "
+        "site 'c' did not identify itself: ValueError: no such handler; not online: d, e; "
+        "start the missing sites, or lower federation.min_sites"
+    )
+
+
+def mute(*nodes: int) -> Any:
+    """An intercept: these nodes never answer, and how often each was asked is counted in `.asked`."""
+
+    def intercept(message: Message, call: Any) -> Message | None:
+        node = message.metadata.dst_node_id
+        intercept.asked[node] = intercept.asked.get(node, 0) + 1  # type: ignore[attr-defined]
+        return None if node in nodes else call()
+
+    intercept.asked = {}  # type: ignore[attr-defined]
+    return intercept
+
+
+def test_a_mute_node_does_not_hold_the_start_up(caplog: pytest.LogCaptureFixture) -> None:
+    over = grid({"site": "a"}, {"site": "b"}, {"site": "c"}, intercept=mute(1001))
+    found = exchange(over, start_deadline_s=3600.0, identify_deadline_s=0.05, approved={1001: "b"})
+    with caplog.at_level(logging.WARNING, "fedmed.server"):
+        found.wait_for_sites()
+    assert found.sites == ("a", "c")
+    assert "site 'b' did not identify itself: no answer within 0.05 s" in caplog.text
+    ended = exchange(grid({"site": "a"}, {"site": "b"}, intercept=mute(1001)), expected=2, identify_deadline_s=0.05)
+    with pytest.raises(FedMedError, match="node 1001 did not identify itself: no answer"):
+        ended.wait_for_sites()
+
+
+def test_a_mute_newcomer_holds_one_round_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet = mute(1002)
+    over = grid({"site": "a"}, {"site": "b"}, {"site": "c"}, intercept=quiet)
+    contexts, over._contexts = over._contexts, {k: v for k, v in over._contexts.items() if k != 1002}
+    found = exchange(over, identify_deadline_s=0.05)
+    found.wait_for_sites()
+    over._contexts = contexts
+    found.refresh()
+    assert found.sites == ("a", "b") and quiet.asked[1002] == 1
+    monkeypatch.setattr("fedmed.federation.exchange.time.sleep", lambda s: pytest.fail("waited again"))
+    found.refresh()
+    assert quiet.asked == {1000: 1, 1001: 1, 1002: 2}  # asked again, and not waited for
+
+
+def test_a_refused_site_is_asked_again_and_joins_once_mended(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    count = mute()
+    over = grid({"site": "a"}, {"site": "b"}, {"site": "c", "odd": "classes"}, intercept=count)
+    found = exchange(over)
+    found.wait_for_sites()
+    over._contexts[1002].node_config.pop("odd")  # mended; a site with a key keeps its node id
+    found.refresh()
+    assert found.sites == ("a", "b") and count.asked[1002] == 1  # not before the pause is over
+    monkeypatch.setattr("fedmed.federation.exchange._ASK_AGAIN_S", 0.0)
+    found.refresh()
+    assert found.sites == ("a", "b", "c") and found.roster["c"].index == 2
+    found.refresh()
+    assert count.asked == {1000: 1, 1001: 1, 1002: 2}  # once per look while it is left out, never when all is well
+
+
+def test_a_site_that_was_away_says_anew_who_it_is() -> None:
+    over = grid({"site": "a"}, {"site": "b"}, {"site": "c"})
+    found = exchange(over)
+    found.wait_for_sites()
+    gone = over._contexts.pop(1001)
+    found.refresh()
+    assert found.sites == ("a", "c")
+    over._contexts[1001] = gone
+    found.refresh()
+    assert found.sites == ("a", "b", "c") and found.roster["b"].index == 1
+    del over._contexts[1001]
+    found.refresh()
+    gone.node_config["odd"] = "classes"  # it comes back with other data
+    over._contexts[1001] = gone
+    found.refresh()
+    assert found.sites == ("a", "c")
+
+
+def test_a_name_belongs_to_the_key_it_was_approved_with(caplog: pytest.LogCaptureFixture) -> None:
+    approved = {1000: "a", 1001: "b", 1002: "c"}
+    found = exchange(grid({"site": "a"}, {"site": "a"}, {"site": "other"}), approved=approved)
+    with caplog.at_level(logging.WARNING, "fedmed.server"):
+        found.wait_for_sites()
+    assert found.online == {"a": 1000, "other": 1002}
+    assert "site 'b' calls itself 'a', which is another approved site" in caplog.text
+
+
+def test_a_node_that_goes_offline_while_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = grid({"site": "a"}, {"site": "b"}, {"site": "c"})
+    push = over.push_messages
+    monkeypatch.setattr(over, "push_messages", lambda messages: [*list(push(messages))[:2], ""])  # as Flower says it
+    found = exchange(over, start_deadline_s=60.0)
+    found.wait_for_sites()
+    assert found.sites == ("a", "b")
 
 
 def test_a_plain_client_is_left_out_unless_asked_for(caplog: pytest.LogCaptureFixture) -> None:
