@@ -29,7 +29,7 @@ from fedmed.losses.anchoring import anchored_kl, focal_cross_entropy, released_c
 from fedmed.losses.classification import cross_entropy, log_prior, logit_adjusted_cross_entropy
 from fedmed.models.heads import probabilities
 from fedmed.models.output import Output
-from fedmed.models.two_heads import PERSONAL_LOGITS, is_personal_head
+from fedmed.models.two_heads import PERSONAL_LOGITS, TwoHeads, is_personal_head
 
 log = logging.getLogger("fedmed.fca")
 
@@ -99,7 +99,7 @@ class ClassifierAnchoring(Client):
 
     def begin_round(self, config: dict[str, Any], extras: dict[str, Tensor]) -> None:
         """Take the class shares of the site; refuse a model with one head."""
-        if not self.layout.personal:
+        if not isinstance(self.model, TwoHeads):
             raise UserError(
                 f"FCA trains two heads, model {self.config.model.name!r} has one; set model.name=two_heads and "
                 "model.args.name to the network"

@@ -146,8 +146,7 @@ class ModalityDistillation(Client):
             )
         if self.train_set.ignore_value is not None:
             raise UserError(
-                f"{self.data.label_kind} annotation leaves pixels open, which client 'passion' cannot read; "
-                "set data.annotation=mask"
+                f"{self.data.label_kind} annotation leaves pixels open, which client 'passion' cannot read; it needs full masks"
             )
 
     def _presence(self, items: Split | Batch) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +89,11 @@ def run_server(
     *,
     callbacks: Iterable[Callback] = (),
     resume: bool = False,
-    approved: Mapping[int, str] | None = None,
+    approved: Callable[[], Mapping[int, str]] | None = None,
 ) -> dict[str, Any]:
     """Run a federation over any Flower grid and give its summary; `config.out` is the run folder.
 
-    `approved`: node id -> the name a site was approved under, in a deployment. Raises `UserError` for what does not fit together,
+    `approved`: in a deployment, gives node id -> the name a site was approved under. Raises `UserError` for what does not fit together,
     `QuorumLost` when too few sites answer (a checkpoint is kept).
     """
     from fedmed.engines.prepare import site_file
@@ -178,7 +178,7 @@ def _sites(
     config: Config,
     data_path: Path | None,
     checkpoint: Checkpoint | None,
-    approved: Mapping[int, str] | None,
+    approved: Callable[[], Mapping[int, str]] | None,
 ) -> Exchange:
     """The sites of the run, once enough of them are there. Raises `UserError`, `QuorumLost`."""
     from fedmed.engines.prepare import count_sites

@@ -157,7 +157,7 @@ def _declared(config: Config, shape: Shape) -> Iterator[str]:
 
 def _meaning(leaf: Leaf, count: int) -> str:
     array = f"array {leaf.shape}: " if leaf.kind == "array" else f"{leaf.shape} numbers: " if leaf.shape != "1" else ""
-    return array + leaf.meaning.replace("client.args.min_count", f"{count} items (client.args.min_count)")
+    return array + leaf.meaning.replace("client.args.min_count", f"{count} (client.args.min_count)")
 
 
 def _scores(config: Config, shape: Shape, views: tuple[str, ...], model: nn.Module, activation: str) -> Iterator[str]:

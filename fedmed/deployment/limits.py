@@ -7,6 +7,7 @@ read the site's environment; none of them passes unless the site allows it.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from flwr.app import RecordDict
 
     from fedmed.federation.messages import Leaf
+    from fedmed.schema import ClientConfig
 
 _BY_CLASS = re.compile(r"\d*[CM]\b")  # an axis over classes or modalities in the shape of a leaf
 _LIBRARY = re.compile(r"monai:\w+")  # reaches the networks of monai.networks.nets and nothing else
@@ -145,11 +147,21 @@ def _methods(limits: Limits, config: Config) -> Iterator[str]:
             f"experiment {config.name!r} is not one of those allowed here "
             f"({', '.join(limits.experiments) or 'none'}; limits.experiments)"
         )
-    elif client != load_config(config.name).client:
+    elif _loosened(client, load_config(config.name).client):
         yield (
             f"the client part differs from that of experiment {config.name!r} as it is installed here; "
             "leave client.* as it is, or give the experiment another name and ask for it"
         )
+
+
+def _loosened(client: ClientConfig, installed: ClientConfig) -> bool:
+    """Whether a client part differs from the installed one, other than by withholding more (`min_count`)."""
+    asked, ours = ({**part.args, "min_count": 0} for part in (client, installed))
+    more = client.args.get("min_count", 0) or 0, installed.args.get("min_count", 0) or 0
+    stricter = all(isinstance(count, int) for count in more) and more[0] >= more[1]
+    return (
+        not stricter or asked != ours or dataclasses.replace(client, args={}) != dataclasses.replace(installed, args={})
+    )
 
 
 # ---------------------------------------------------------------------- least counts

@@ -259,7 +259,10 @@ def _serve(
 
     problem, stopped = "it broke off", False
     try:
-        approved = {site.node_id: name for name, site in folder.sites().items()}
+
+        def approved() -> dict[int, str]:
+            return {site.node_id: name for name, site in folder.sites().items()}
+
         summary = run_server(task.grid, config, callbacks=callbacks, resume=resume, approved=approved)
         problem = ""
         return summary

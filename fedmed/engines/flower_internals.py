@@ -216,7 +216,8 @@ class TaskSource:
 class ClientTask:
     """One message a SuperNode has received, for the app of the site: `message`, `context`, and the SHA-256 of the run's bundle.
 
-    Use as a context manager; what is not answered inside is reported as failed. The bundle is neither unpacked nor imported.
+    Use as a context manager. A task without an answer is not closed: its token runs out, and the SuperNode answers with an error, while it
+    would wait for ever for the answer of a task that is reported as failed. The bundle is neither unpacked nor imported.
     """
 
     def __init__(self, source: TaskSource, token: str) -> None:
@@ -247,9 +248,8 @@ class ClientTask:
         from flwr.supernode.runtime.run_clientapp import push_task_output
 
         try:
-            status = SubStatus.COMPLETED if self._answered else SubStatus.FAILED
-            details = "" if self._answered else "the site's executor gave no answer"
-            push_task_output(client=self._client, context=self.context, sub_status=status, details=details)
+            if self._answered:
+                push_task_output(client=self._client, context=self.context, sub_status=SubStatus.COMPLETED, details="")
         finally:
             self._close()
 

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
@@ -67,7 +67,8 @@ class Exchange:
 
     `known` keeps an index given before (a checkpoint's): site name -> index. `expected` is the number of nodes a simulation starts: the run
     waits for that many, and ends at once when one of them does not fit, for nobody will come and mend it. A real federation waits for
-    `min_sites`, leaves out whoever does not fit, says so, and asks again later. `approved`: node id -> the name a site was approved under.
+    `min_sites`, leaves out whoever does not fit, says so, and asks again later. `approved` gives, whenever it is called, node id -> the name a
+    site was approved under; then nobody else takes part. None: everybody may.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Exchange:
         start_deadline_s: float,
         identify_deadline_s: float = 300.0,
         expected: int | None = None,
-        approved: Mapping[int, str] | None = None,
+        approved: Callable[[], Mapping[int, str]] | None = None,
     ) -> None:
         self.grid = grid
         self.roster: dict[str, Identity] = {}
@@ -92,7 +93,7 @@ class Exchange:
         self._simulated = expected is not None
         self._strict = False  # a node that does not fit ends the run
         self._start_s, self._identify_s = start_deadline_s, identify_deadline_s
-        self._approved = dict(approved or {})
+        self._read_approved, self._approved = approved, dict(approved() if approved else {})
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -138,6 +139,8 @@ class Exchange:
     def _look(self) -> bool:
         """Ask the nodes that are due, take the answers that are there; True when nobody is waited for."""
         self._nodes = {number: self._nodes.get(number) or _Node() for number in sorted(self.grid.get_node_ids())}
+        if self._read_approved is not None:  # sites may be approved while the run goes on
+            self._approved = dict(self._read_approved())
         now = time.monotonic()
         due = [number for number, node in self._nodes.items() if self._is_due(node, now)]
         if due:
@@ -208,7 +211,7 @@ class Exchange:
         first = placed[0] if placed else agreed([identity for _, _, identity in said])
         fitting: dict[str, int] = {}
         for _, number, identity in said:
-            problem = self._borrowed_name(number, identity) or misfit(identity, first)
+            problem = self._wrong_name(number, identity) or misfit(identity, first)
             if problem:
                 self._leave_out(number, problem)
                 continue
@@ -219,12 +222,15 @@ class Exchange:
             self._nodes[number].problem = ""
         return fitting
 
-    def _borrowed_name(self, number: int, identity: Identity) -> str | None:
+    def _wrong_name(self, number: int, identity: Identity) -> str | None:
         """Why a node may not bear the name it gives itself, or None: a name belongs to the key it was approved with."""
-        owner = next((node for node, name in self._approved.items() if name == identity.site), number)
-        if owner == number:
+        if self._read_approved is None:
             return None
-        return f"{self._called(number)} calls itself {identity.site!r}, which is another approved site; `name` in its site.yaml must be its own"
+        if number not in self._approved:
+            return f"node {number} ({identity.site!r}) was never approved; run `fedmed coordinator approve` with its public key"
+        if self._approved[number] == identity.site:
+            return None
+        return f"{self._called(number)} calls itself {identity.site!r}; `name` in its site.yaml must be the one it was approved under"
 
     def _enrol(self, fitting: dict[str, int]) -> None:
         """Give new sites the next indices, by name."""

@@ -122,7 +122,7 @@ def test_shapes_come_from_the_site_else_from_the_experiment(data: Path) -> None:
 def test_the_least_count_is_named_with_its_value() -> None:
     listed = text(load_config("fednoro", ["client.args.min_count=7"]))
     assert (
-        "class_loss      C numbers: mean training loss by class; NaN: fewer than 7 items (client.args.min_count)"
+        "class_loss      C numbers: mean training loss by class; NaN: fewer than 7 (client.args.min_count) items of the class"
         in listed
     )
 

@@ -74,8 +74,9 @@ def test_an_experiment_keeps_its_installed_client_part() -> None:
         limits, load_config("fednoro", ["training.epochs=9", "strategy.args=null", "model.args={widths: [4]}"]), FACTS
     )
     assert "experiment 'fedavg' is not one of those" in refusal(limits, load_config("fedavg"))
+    check(limits, load_config("fednoro", ["client.args.min_count=2"]), FACTS)  # it withholds more
     for words in (
-        ["client.args=null", "client.name=supervised"], ["client.args.min_count=2"], ["client.prox.enabled=true"],
+        ["client.args=null", "client.name=supervised"], ["client.args.tau=0.5"], ["client.prox.enabled=true"],
     ):  # fmt: skip
         changed = load_config("fednoro", words)
         assert "the client part differs from that of experiment 'fednoro'" in refusal(limits, changed)

@@ -21,7 +21,7 @@ import pytest
 from fedmed.client_app import app as client_app
 from fedmed.config import Config, from_yaml, load_config
 from fedmed.data.phantom import make_phantom
-from fedmed.deployment.coordinator_folder import CoordinatorFolder
+from fedmed.deployment.coordinator_folder import ApprovedSite, CoordinatorFolder
 from fedmed.engines import deployment, run
 from fedmed.engines import flower_internals as internals
 from fedmed.engines.flower_internals import RunState, ServerTask, TaskLost, bundle_hash
@@ -128,8 +128,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> CoordinatorFolder:
-    """A coordinator's folder; nothing listens on its port."""
-    return CoordinatorFolder.create(tmp_path_factory.mktemp("coordinator") / "fl", ["localhost"], internals.free_port())
+    """A coordinator's folder with three approved sites; nothing listens on its port."""
+    made = CoordinatorFolder.create(tmp_path_factory.mktemp("coordinator") / "fl", ["localhost"], internals.free_port())
+    with made.changed_sites() as sites:
+        sites.update({f"phantom-0{i}": ApprovedSite(1000 + i, "", "", "") for i in range(3)})
+    return made
 
 
 @pytest.fixture
@@ -313,20 +316,13 @@ def test_a_site_that_was_away_for_a_round_keeps_its_state(
 
 def test_a_quorum_that_is_lost_names_the_sites_away(flower: Flower, folder: CoordinatorFolder, tmp_path: Path) -> None:
     with folder.changed_sites() as sites:
-        from fedmed.deployment.coordinator_folder import ApprovedSite
-
-        sites.update(
-            {
-                n: ApprovedSite(1000 + i, "", "", "")
-                for i, n in enumerate(["phantom-00", "phantom-01", "phantom-02", "far"])
-            }
-        )
+        sites["far"] = ApprovedSite(1003, "", "", "")
     try:
         with pytest.raises(QuorumLost, match=r"3 of the 4 sites needed .*; not online: far; start the missing sites"):
             run(config(f"out={tmp_path}/out", "federation.min_sites=4"), coordinator=folder.path)
     finally:
         with folder.changed_sites() as sites:
-            sites.clear()
+            del sites["far"]
     assert "not online: far" in flower.ended[11][0]
 
 

@@ -155,7 +155,7 @@ def test_too_few_sites_are_named_with_their_reasons() -> None:
     approved = {1000: "a", 1001: "b", 1002: "c", 4: "d", 5: "e"}
     nodes = ({"site": "a"}, {"site": "b", "refuses": "training.epochs=9, allowed are 2"}, {"plain": True})
     with pytest.raises(QuorumLost) as failed:
-        exchange(grid(*nodes), approved=approved).wait_for_sites()
+        exchange(grid(*nodes), approved=lambda: approved).wait_for_sites()
     assert str(failed.value) == (
         "1 of the 2 sites needed were online after 0.3 s (a); left out: site 'b' refuses: training.epochs=9, allowed are 2; "
         "site 'c' did not identify itself: ValueError: no such handler; not online: d, e; "
@@ -177,7 +177,9 @@ def mute(*nodes: int) -> Any:
 
 def test_a_mute_node_does_not_hold_the_start_up(caplog: pytest.LogCaptureFixture) -> None:
     over = grid({"site": "a"}, {"site": "b"}, {"site": "c"}, intercept=mute(1001))
-    found = exchange(over, start_deadline_s=3600.0, identify_deadline_s=0.05, approved={1001: "b"})
+    found = exchange(
+        over, start_deadline_s=3600.0, identify_deadline_s=0.05, approved=lambda: {1000: "a", 1001: "b", 1002: "c"}
+    )
     with caplog.at_level(logging.WARNING, "fedmed.server"):
         found.wait_for_sites()
     assert found.sites == ("a", "c")
@@ -238,11 +240,24 @@ def test_a_site_that_was_away_says_anew_who_it_is() -> None:
 
 def test_a_name_belongs_to_the_key_it_was_approved_with(caplog: pytest.LogCaptureFixture) -> None:
     approved = {1000: "a", 1001: "b", 1002: "c"}
-    found = exchange(grid({"site": "a"}, {"site": "a"}, {"site": "other"}), approved=approved)
+    found = exchange(grid({"site": "a"}, {"site": "a"}, {"site": "other"}), approved=lambda: approved, min_sites=1)
     with caplog.at_level(logging.WARNING, "fedmed.server"):
         found.wait_for_sites()
-    assert found.online == {"a": 1000, "other": 1002}
-    assert "site 'b' calls itself 'a', which is another approved site" in caplog.text
+    assert found.online == {"a": 1000}
+    assert "site 'b' calls itself 'a'; `name` in its site.yaml must be the one it was approved under" in caplog.text
+    assert "site 'c' calls itself 'other'" in caplog.text
+
+
+def test_a_node_that_nobody_approved_takes_no_part_until_somebody_does(caplog: pytest.LogCaptureFixture) -> None:
+    approved = {1000: "a"}
+    found = exchange(grid({"site": "a"}, {"site": "b"}), approved=lambda: approved, min_sites=1)
+    with caplog.at_level(logging.WARNING, "fedmed.server"):
+        found.wait_for_sites()
+    assert found.sites == ("a",)
+    assert "node 1001 ('b') was never approved" in caplog.text
+    approved[1001] = "b"
+    found.refresh()
+    assert found.sites == ("a", "b")
 
 
 def test_a_node_that_goes_offline_while_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
