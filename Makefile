@@ -50,7 +50,7 @@ demo: $(VENV)/.stamp-report
 	@$(BIN)/fedmed demo --out "$(or $(DEMO_OUT),demo-report)"
 
 test: dev
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
 
 test-slow: dev
 	@$(BIN)/python -m pytest -m "slow and not processes" -n auto --maxprocesses 4 $(PYTEST_ARGS) || [ $$? -eq 5 ]

@@ -319,7 +319,7 @@ def test_the_same_round_twice() -> None:
 
 
 def test_a_site_without_labels_trains_on_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.WARNING, "fedmed.merge")
+    caplog.set_level(logging.INFO, "fedmed.merge")
     client = begin(site(data=scribbles(labelled=0)), {})
     assert len(client.train_set) == 0 and "no training image has a labelled pixel" in caplog.text
     assert client.end_round() == ({}, {}) and client.personal == {}

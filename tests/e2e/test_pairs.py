@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,12 +108,12 @@ def test_nodes_with_files_of_their_own(lab: Any, tmp_path: Path) -> None:
         (
             "segmentation",
             {"image_size": 32},
-            r"sites differ in task: 'other' has segmentation, 'phantom-00' has classification",
+            r"sites differ in task: 'phantom-00' has classification, 'other' has segmentation",
         ),
         (
             "classification",
             {"image_size": 32},
-            r"sites differ in image_size: 'other' has \[32, 32\], .* has \[16, 16\]",
+            r"sites differ in image_size: .* has \[16, 16\], 'other' has \[32, 32\]",
         ),
         ("multilabel", {}, "sites differ in task"),
     ],
@@ -139,7 +141,7 @@ def test_classes_and_channels_must_agree(
         return made
 
     monkeypatch.setitem(globals(), "make_phantom", renamed)
-    with pytest.raises(UserError, match=f"sites differ in {key}: 'other' has .*; all sites of a run must agree"):
+    with pytest.raises(UserError, match=f"sites differ in {key}: .*, 'other' has .*; all sites of a run must agree"):
         with_other(lab, tmp_path, "classification")
 
 
@@ -176,7 +178,7 @@ BROKEN: dict[str, tuple[Callable[[h5py.File], None], str]] = {
 
 @pytest.mark.parametrize("case", BROKEN)
 @pytest.mark.parametrize("at", ["simulation", "node"])
-def test_broken_site_file(lab: Any, tmp_path: Path, case: str, at: str) -> None:
+def test_broken_site_file(lab: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, case: str, at: str) -> None:
     edit, message = BROKEN[case]
     path = make_phantom(tmp_path / "a.h5", "segmentation", num_sites=2, images_per_site=10, image_size=32)
     broken = make_phantom(tmp_path / "b.h5", "segmentation", num_sites=2, images_per_site=10, image_size=32)
@@ -190,6 +192,9 @@ def test_broken_site_file(lab: Any, tmp_path: Path, case: str, at: str) -> None:
         out, _ = lab.run(**UNET, **{"data.path": str(path)}, options=options)
         assert {r["site"] for r in lab.history(out, phase="train", status="empty")} == {"phantom-01"}
         return
-    with pytest.raises(UserError, match=message) as caught:
+    shown = message if at == "simulation" else "the data file of this site does not suit the run"
+    with pytest.raises(UserError, match=shown) as caught, caplog.at_level(logging.ERROR, "fedmed.site"):
         lab.run(**UNET, **{"data.path": str(broken if at == "simulation" else path)}, options=options)
     assert len(str(caught.value).splitlines()) <= 2
+    if at == "node":  # what a hospital's file holds is said in its own log only
+        assert re.search(message, caplog.text) and not re.search(message, str(caught.value))
