@@ -28,8 +28,9 @@ from fedmed.deployment.limits import check, read_config, withhold
 from fedmed.deployment.site_config import SiteConfig, read_site_config
 from fedmed.deployment.site_facts import Facts, own_bundle_hash, site_in_file
 from fedmed.deployment.site_log import MarkedFormatter
-from fedmed.engines import flower_internals
-from fedmed.engines.flower_internals import ClientTask, TaskLost, TaskSource, quiet_log
+from fedmed.engines import flower_tasks
+from fedmed.engines.flower_internals import quiet_log
+from fedmed.engines.flower_tasks import ClientTask, TaskLost, TaskSource
 from fedmed.errors import FedMedError, UserError
 from fedmed.federation.messages import CLIENT_RAISED
 from fedmed.files import write_text
@@ -212,9 +213,7 @@ def main(words: Sequence[str] | None = None) -> int:
     handler.setFormatter(MarkedFormatter())
     logging.basicConfig(handlers=[handler])
     logging.getLogger("fedmed").setLevel(logging.INFO)
-    logging.getLogger(flower_internals.log.name).setLevel(
-        logging.ERROR
-    )  # of a SuperNode that ended the supervisor tells
+    logging.getLogger(flower_tasks.log.name).setLevel(logging.ERROR)  # of a SuperNode that ended the supervisor tells
     quiet_log()
     try:
         config = read_site_config(given.site)

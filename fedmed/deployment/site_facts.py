@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedmed.deployment.site_config import SiteConfig
 from fedmed.engines import bundle
-from fedmed.engines.flower_internals import bundle_hash
+from fedmed.engines.flower_tasks import bundle_hash
 from fedmed.errors import UserError
 
 

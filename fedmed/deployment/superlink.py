@@ -1,6 +1,6 @@
 """Flower's SuperLink as the coordinator runs it: `python -m fedmed.deployment.superlink ARGUMENTS OF flower-superlink`.
 
-In front of it stands the wall (`flower_internals.Wall`). What the wall, the sites' API or TLS refuse is logged in one line that says who
+In front of it stands the wall (`flower_tasks.Wall`). What the wall, the sites' API or TLS refuse is logged in one line that says who
 tried, what is wrong, and what to do; a caller that keeps trying is named once a minute. The environment variable FEDMED_COORDINATOR names
 the coordinator's folder, from which the names of approved keys are read.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmed.deployment.coordinator_folder import read_sites
-from fedmed.engines.flower_internals import Refusal, run_superlink_behind_wall
+from fedmed.engines.flower_tasks import Refusal, run_superlink_behind_wall
 from fedmed.errors import UserError
 
 FOLDER = "FEDMED_COORDINATOR"  # environment variable: the coordinator's folder

@@ -11,7 +11,7 @@ import sys
 import traceback
 
 from fedmed.deployment.site_log import BACK, CONNECTED, LOST, marked
-from fedmed.engines.flower_internals import mend_supernode
+from fedmed.engines.flower_tasks import mend_supernode
 
 GAVE_UP = 3  # exit code
 

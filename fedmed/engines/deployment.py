@@ -21,15 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from fedmed.config import Config, DataConfig, TrackingConfig, params_from, to_yaml
 from fedmed.engines import bundle
-from fedmed.engines.flower_internals import (
-    GIVE_UP_S,
-    ServerTask,
-    TaskLost,
-    TaskSource,
-    bundle_hash,
-    no_answer,
-    quiet_log,
-)
+from fedmed.engines.flower_internals import quiet_log
+from fedmed.engines.flower_tasks import GIVE_UP_S, ServerTask, TaskLost, TaskSource, bundle_hash, no_answer
 from fedmed.engines.flwr_commands import FlwrCommands
 from fedmed.engines.signals import handled, leave
 from fedmed.errors import FedMedError, UserError

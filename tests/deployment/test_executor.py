@@ -29,7 +29,8 @@ from fedmed.deployment import executor as module
 from fedmed.deployment.executor import STOPPED, Executor, describe
 from fedmed.deployment.site_config import Limits, SiteConfig
 from fedmed.deployment.site_facts import Facts, own_bundle_hash, site_in_file
-from fedmed.engines.flower_internals import TaskLost, act_as_server, stamp
+from fedmed.engines.flower_internals import act_as_server, stamp
+from fedmed.engines.flower_tasks import TaskLost
 from fedmed.errors import UserError
 from fedmed.federation.layout import Layout
 from fedmed.federation.messages import Identity, pack

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives import serialization
 from fedmed.deployment import keys, superlink
 from fedmed.deployment.coordinator_folder import ApprovedSite, CoordinatorFolder
 from fedmed.deployment.superlink import Refusals, watch_handshakes
-from fedmed.engines.flower_internals import Refusal, Wall
+from fedmed.engines.flower_tasks import Refusal, Wall
 
 ELSEWHERE = ("10.9.8.7", 5555)
 

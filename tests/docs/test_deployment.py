@@ -22,7 +22,7 @@ from fedmed.deployment import coordinator, coordinator_folder, executor, keys, s
 from fedmed.deployment.limits import check
 from fedmed.deployment.site_config import SiteConfig, read_site_config
 from fedmed.deployment.site_facts import Facts
-from fedmed.engines import flower_internals
+from fedmed.engines import flower_tasks
 from fedmed.errors import UserError
 
 PAGE = "docs/deployment.md"
@@ -226,7 +226,7 @@ def test_numbers_are_those_of_the_code(page: str) -> None:
     assert f"takes less than {executor.GRACE_S:g} s" in page
     assert f"after {coordinator.GIVE_UP_S / 60:g} minutes (coordinator)" in page
     assert f"1, 2, 4 ... {supervise.LONGEST_DELAY_S:g} s" in page
-    assert all(f"`{path.rstrip('/')}" in page for path in flower_internals.ALLOWED_PATHS)
+    assert all(f"`{path.rstrip('/')}" in page for path in flower_tasks.ALLOWED_PATHS)
 
 
 def test_defaults_are_those_of_the_configuration(page: str) -> None:

@@ -24,7 +24,9 @@ from fedmed.data.phantom import make_phantom
 from fedmed.deployment.coordinator_folder import ApprovedSite, CoordinatorFolder
 from fedmed.engines import deployment, run
 from fedmed.engines import flower_internals as internals
-from fedmed.engines.flower_internals import RunState, ServerTask, TaskLost, bundle_hash
+from fedmed.engines import flower_tasks as tasks
+from fedmed.engines.flower_internals import RunState
+from fedmed.engines.flower_tasks import ServerTask, TaskLost, bundle_hash
 from fedmed.engines.local import LocalGrid
 from fedmed.errors import FedMedError, QuorumLost, UserError
 from fedmed.files import read_history
@@ -474,12 +476,12 @@ def test_a_lost_task_is_an_error_and_no_signal(status: int, words: str, monkeypa
         raise refused(status)
 
     with pytest.raises(TaskLost, match=f"Flower at here:1 .*{words}"):
-        internals._patient_invoker("here:1").invoke(call)
+        tasks._patient_invoker("here:1").invoke(call)
 
 
 def test_an_outage_is_borne_and_said_twice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     slept: list[float] = []
-    monkeypatch.setattr(internals.time, "sleep", slept.append)
+    monkeypatch.setattr(tasks.time, "sleep", slept.append)
     tries = iter([httpx.ConnectError("a"), refused(503), httpx.ReadTimeout("b"), None])
 
     def call() -> str:
@@ -489,7 +491,7 @@ def test_an_outage_is_borne_and_said_twice(monkeypatch: pytest.MonkeyPatch, capl
         return "done"
 
     with caplog.at_level(logging.WARNING, "fedmed.flower"):
-        assert internals._patient_invoker("here:1").invoke(call) == "done"
+        assert tasks._patient_invoker("here:1").invoke(call) == "done"
     assert len(slept) == 3
     assert [r.getMessage() for r in caplog.records] == [
         "no answer from here:1; trying again for 15 minutes",
@@ -504,8 +506,8 @@ def test_an_outage_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
         raise httpx.ConnectError("refused")
 
     with pytest.raises(httpx.ConnectError):
-        internals._patient_invoker("here:1").invoke(call)
-    with pytest.raises(TaskLost, match="all quiet, ConnectError: refused"), internals.no_answer("all quiet"):
+        tasks._patient_invoker("here:1").invoke(call)
+    with pytest.raises(TaskLost, match="all quiet, ConnectError: refused"), tasks.no_answer("all quiet"):
         call()
 
 
@@ -550,7 +552,7 @@ def test_the_end_of_a_task_is_said_once_and_never_waits() -> None:
 
 def test_signs_of_life_survive_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
     beats: list[int] = []
-    done = internals.threading.Event()
+    done = tasks.threading.Event()
 
     class Source:
         def SendTaskHeartbeat(self, request: Any) -> None:
@@ -564,7 +566,7 @@ def test_signs_of_life_survive_an_outage(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(internals, "BEAT_S", 0.001)
     monkeypatch.setattr(internals, "_token_client", lambda *words, **options: Source())
-    heartbeat = internals._Heartbeat(SimpleNamespace(), "token", "x")  # type: ignore[arg-type]
+    heartbeat = tasks._Heartbeat(SimpleNamespace(), "token", "x")  # type: ignore[arg-type]
     assert done.wait(30)
     heartbeat.stop()
     heartbeat.join(30)
@@ -590,7 +592,7 @@ def test_a_message_whose_run_has_ended_leaves_no_task_behind(outcome: str, monke
     )
     message = SimpleNamespace(metadata=SimpleNamespace(message_id="m"))
     monkeypatch.setattr(supernode, "_pull_and_store_message", flowers_way)
-    internals.mend_supernode()
+    tasks.mend_supernode()
     found = supernode._pull_and_store_message(  # type: ignore[call-arg]
         state=state,  # type: ignore[arg-type]
         object_store=SimpleNamespace(delete=lambda number: dropped.append(("object", number))),  # type: ignore[arg-type]
