@@ -22,9 +22,8 @@ from fedmed.client_app import app as client_app
 from fedmed.config import Config, from_yaml, load_config
 from fedmed.data.phantom import make_phantom
 from fedmed.deployment.coordinator_folder import ApprovedSite, CoordinatorFolder
-from fedmed.engines import deployment, run
+from fedmed.engines import deployment, flower_tasks, run
 from fedmed.engines import flower_internals as internals
-from fedmed.engines import flower_tasks as tasks
 from fedmed.engines.flower_internals import RunState
 from fedmed.engines.flower_tasks import ServerTask, TaskLost, bundle_hash
 from fedmed.engines.local import LocalGrid
@@ -476,12 +475,12 @@ def test_a_lost_task_is_an_error_and_no_signal(status: int, words: str, monkeypa
         raise refused(status)
 
     with pytest.raises(TaskLost, match=f"Flower at here:1 .*{words}"):
-        tasks._patient_invoker("here:1").invoke(call)
+        flower_tasks._patient_invoker("here:1").invoke(call)
 
 
 def test_an_outage_is_borne_and_said_twice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     slept: list[float] = []
-    monkeypatch.setattr(tasks.time, "sleep", slept.append)
+    monkeypatch.setattr(flower_tasks.time, "sleep", slept.append)
     tries = iter([httpx.ConnectError("a"), refused(503), httpx.ReadTimeout("b"), None])
 
     def call() -> str:
@@ -491,7 +490,7 @@ def test_an_outage_is_borne_and_said_twice(monkeypatch: pytest.MonkeyPatch, capl
         return "done"
 
     with caplog.at_level(logging.WARNING, "fedmed.flower"):
-        assert tasks._patient_invoker("here:1").invoke(call) == "done"
+        assert flower_tasks._patient_invoker("here:1").invoke(call) == "done"
     assert len(slept) == 3
     assert [r.getMessage() for r in caplog.records] == [
         "no answer from here:1; trying again for 15 minutes",
@@ -500,14 +499,14 @@ def test_an_outage_is_borne_and_said_twice(monkeypatch: pytest.MonkeyPatch, capl
 
 
 def test_an_outage_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(internals, "GIVE_UP_S", 0.0)
+    monkeypatch.setattr(flower_tasks, "GIVE_UP_S", 0.0)
 
     def call() -> None:
         raise httpx.ConnectError("refused")
 
     with pytest.raises(httpx.ConnectError):
-        tasks._patient_invoker("here:1").invoke(call)
-    with pytest.raises(TaskLost, match="all quiet, ConnectError: refused"), tasks.no_answer("all quiet"):
+        flower_tasks._patient_invoker("here:1").invoke(call)
+    with pytest.raises(TaskLost, match="all quiet, ConnectError: refused"), flower_tasks.no_answer("all quiet"):
         call()
 
 
@@ -552,7 +551,7 @@ def test_the_end_of_a_task_is_said_once_and_never_waits() -> None:
 
 def test_signs_of_life_survive_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
     beats: list[int] = []
-    done = tasks.threading.Event()
+    done = flower_tasks.threading.Event()
 
     class Source:
         def SendTaskHeartbeat(self, request: Any) -> None:
@@ -564,9 +563,9 @@ def test_signs_of_life_survive_an_outage(monkeypatch: pytest.MonkeyPatch) -> Non
         def close(self) -> None:
             beats.append(0)
 
-    monkeypatch.setattr(internals, "BEAT_S", 0.001)
-    monkeypatch.setattr(internals, "_token_client", lambda *words, **options: Source())
-    heartbeat = tasks._Heartbeat(SimpleNamespace(), "token", "x")  # type: ignore[arg-type]
+    monkeypatch.setattr(flower_tasks, "BEAT_S", 0.001)
+    monkeypatch.setattr(flower_tasks, "_token_client", lambda *words, **options: Source())
+    heartbeat = flower_tasks._Heartbeat(SimpleNamespace(), "token", "x")  # type: ignore[arg-type]
     assert done.wait(30)
     heartbeat.stop()
     heartbeat.join(30)
@@ -592,7 +591,7 @@ def test_a_message_whose_run_has_ended_leaves_no_task_behind(outcome: str, monke
     )
     message = SimpleNamespace(metadata=SimpleNamespace(message_id="m"))
     monkeypatch.setattr(supernode, "_pull_and_store_message", flowers_way)
-    tasks.mend_supernode()
+    flower_tasks.mend_supernode()
     found = supernode._pull_and_store_message(  # type: ignore[call-arg]
         state=state,  # type: ignore[arg-type]
         object_store=SimpleNamespace(delete=lambda number: dropped.append(("object", number))),  # type: ignore[arg-type]
