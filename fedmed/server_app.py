@@ -11,7 +11,6 @@ from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import Strategy as FlowerStrategy
 from torch import nn
 
 from fedmed.config import Config, config_hash, from_run_config, nearest, params_from, to_yaml
@@ -114,17 +113,17 @@ def run_server(
     local = local_scores(config, facts.task, cls, exchange.known)
     initial = layout.exchanged_state(model)
     loop: RoundLoop | None = None
-    rule: FlowerStrategy | None = None
+    rule: Any = None  # a strategy of Flower's, in the place of the loop
     if config.strategy.name.startswith("flwr:"):
         rule = flower_strategy(config)
         check_client(cls, facts, config)
     else:
         strategy = make_strategy(config)
         check_pair(strategy, cls, facts, config)
+        keep = lambda state: write_safetensors(folder.path / "model-selected.safetensors", _whole(model, state))  # noqa: E731
         loop = RoundLoop(
-            strategy, exchange, config, layout, initial, journal=journal, store=store, central=central,
-            config_hash=config_hash(config, with_rounds=strategy.depends_on_rounds or config.optimizer.schedule == "poly"),
-            on_best=lambda s: write_safetensors(folder.path / "model-selected.safetensors", _whole(model, s)),
+            strategy, exchange, config, layout, initial, journal=journal, store=store, central=central, on_best=keep,
+            config_hash=_config_hash(config, strategy),
         )  # fmt: skip
     if loop is not None and checkpoint is not None:
         loop.resume(checkpoint)
@@ -135,11 +134,10 @@ def run_server(
     write_json(folder.path / "model.json", _model_facts(config, facts, activation))
     start_round = checkpoint.round + 1 if checkpoint else 1
     journal.tell("on_start", start_info(config, start_round, exchange.sites, main_metric(facts.task)))
-    if rule is not None:
-        final = run_flower_strategy(rule, grid, config, initial, journal, exchange, central)
-    else:
-        assert loop is not None
+    if loop is not None:
         final = loop.run()
+    else:
+        final = run_flower_strategy(rule, grid, config, initial, journal, exchange, central)
     write_safetensors(folder.model, _whole(model, final))
     elapsed = time.monotonic() - started if loop is None else loop.elapsed
     summary = _summary(folder, config, facts, data_path, layout, journal, elapsed, local)
@@ -148,6 +146,11 @@ def run_server(
     write_json(folder.summary, summary)
     journal.tell("on_end", summary)
     return summary
+
+
+def _config_hash(config: Config, strategy: Strategy) -> str:
+    """What a resume must agree with; the number of rounds is part of it where something counts back from the last one."""
+    return config_hash(config, with_rounds=strategy.depends_on_rounds or config.optimizer.schedule == "poly")
 
 
 def _summary(
