@@ -141,11 +141,7 @@ def run_server(
     write_safetensors(folder.model, _whole(model, final))
     elapsed = time.monotonic() - started if loop is None else loop.elapsed
     summary = _summary(folder, config, facts, data_path, layout, journal, elapsed, local)
-    if loop is not None and loop.progress.best:
-        _add_selected(summary, loop.progress.best, journal)
-    write_json(folder.summary, summary)
-    journal.tell("on_end", summary)
-    return summary
+    return _close(folder, journal, summary, None if loop is None else loop.progress.best)
 
 
 def _config_hash(config: Config, strategy: Strategy) -> str:
@@ -200,6 +196,15 @@ def _sites(
         exchange.known = dict(checkpoint.sites)
     exchange.wait_for_sites()
     return exchange
+
+
+def _close(folder: RunFolder, journal: Journal, summary: dict[str, Any], best: dict[str, Any] | None) -> dict[str, Any]:
+    """Write the summary, with the chosen round if there is one, and tell everybody; gives it back."""
+    if best:
+        _add_selected(summary, best, journal)
+    write_json(folder.summary, summary)
+    journal.tell("on_end", summary)
+    return summary
 
 
 def _add_selected(summary: dict[str, Any], best: dict[str, Any], journal: Journal) -> None:
