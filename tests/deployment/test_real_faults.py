@@ -57,38 +57,30 @@ def test_a_site_that_is_killed_comes_back_with_its_personal_state(federation: Lo
     assert not any(r["metrics"].get("personal_fresh") for r in back), "the site began its personal state anew"
 
 
-def test_a_coordinator_that_is_killed_is_resumed_and_ends_with_the_same_model(
-    federation: Loopback, tmp_path: Path
-) -> None:
+def test_whatever_of_the_coordinator_is_killed_the_model_is_the_same(federation: Loopback, tmp_path: Path) -> None:
     federation.start_all()
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    settings = (*DITTO, "federation.rounds=5")
+    settings = (*DITTO, "federation.rounds=4")
+    whole = tmp_path / "whole"
     federation.run(whole, "ditto", *settings)
+    coordinator = next(p for p in federation.processes if p.words[0] == "coordinator")
 
+    out = tmp_path / "without-superlink-for-a-while"
     run = federation.begin_run(out, "ditto", *settings)
     wait_until(lambda: reached(out, 2), "round 2")
-    coordinator = next(p for p in federation.processes if p.words[0] == "coordinator")
+    (superlink,) = coordinator.children("fedmed.deployment.superlink")
+    os.kill(superlink, signal.SIGKILL)
+    if run.wait() != 0:  # a message that was on its way may be lost with it; the checkpoint is not
+        assert "--resume" in run.text, run.text
+        federation.run(out, "ditto", *settings, resume=True)
+    assert model(out) == model(whole)
+
+    out = tmp_path / "everything-killed"
+    run = federation.begin_run(out, "ditto", *settings)
+    wait_until(lambda: reached(out, 2), "round 2")
     run.kill()
     coordinator.kill()
     federation.start_coordinator()
     federation.run(out, "ditto", *settings, resume=True)
-    assert model(out) == model(whole)
-
-
-def test_a_run_goes_on_when_only_the_superlink_was_killed(federation: Loopback, tmp_path: Path) -> None:
-    federation.start_all()
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    settings = (*DITTO, "federation.rounds=5")
-    federation.run(whole, "ditto", *settings)
-    run = federation.begin_run(out, "ditto", *settings)
-    wait_until(lambda: reached(out, 2), "round 2")
-    coordinator = next(p for p in federation.processes if p.words[0] == "coordinator")
-    (superlink,) = coordinator.children("fedmed.deployment.superlink")
-    os.kill(superlink, signal.SIGKILL)
-    code = run.wait()
-    if code != 0:  # a message that was on its way may be lost with it; the checkpoint is not
-        assert "--resume" in run.text, run.text
-        federation.run(out, "ditto", *settings, resume=True)
     assert model(out) == model(whole)
 
 
