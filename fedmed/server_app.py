@@ -26,12 +26,11 @@ from fedmed.federation.layout import Layout
 from fedmed.federation.messages import Identity
 from fedmed.federation.rounds import RoundLoop, Scorer
 from fedmed.federation.scoring import score_subsets, score_view
-from fedmed.federation.site import choose_device, client_class, make_addons, make_model
+from fedmed.federation.site import checked, choose_device, client_class, make_addons, make_model
 from fedmed.federation.state import State
 from fedmed.federation.strategy import Strategy
 from fedmed.files import json_ready, write_json, write_text
 from fedmed.metrics import main_metric, round_metrics
-from fedmed.registry import resolve
 from fedmed.report.personal import LocalScores, read_local
 from fedmed.report.run_folder import RunFolder
 from fedmed.report.summary import build_summary
@@ -231,7 +230,7 @@ def _checkpoint(store: CheckpointStore, config: Config, resume: bool) -> Checkpo
 
 def make_strategy(config: Config) -> Strategy:
     """The rule of a configuration with its arguments. Raises `UserError`."""
-    cls: type[Strategy] = resolve("strategy", config.strategy.name)
+    cls: type[Strategy] = checked("strategy", config.strategy.name, Strategy)
     return cls(params_from(cls.Params, config.strategy.args, "strategy.args"))
 
 

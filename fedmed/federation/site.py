@@ -57,9 +57,17 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def checked(kind: str, name: str, base: type[Any]) -> Any:
+    """The class that a name stands for. Raises `UserError` unless it is one that builds on `base`."""
+    found = resolve(kind, name)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise UserError(f"{name!r} is no {kind}: expected a class that builds on {base.__module__}.{base.__name__}")
+    return found
+
+
 def client_class(config: Config) -> type[Client]:
     """The client class of a configuration, the same at both ends: with `federation.local_only` nothing of it travels."""
-    found: type[Client] = resolve("client", config.client.name)
+    found: type[Client] = checked("client", config.client.name, Client)
     return alone(found) if config.federation.local_only else found
 
 
@@ -67,7 +75,7 @@ def make_addons(config: Config) -> dict[str, AddOn]:
     """The add-ons that are switched on, in the order of the configuration. Raises `UserError` for wrong arguments."""
     addons: dict[str, AddOn] = {}
     for name, values in config.client.addons.items():
-        cls: type[AddOn] = resolve("add-on", name)
+        cls: type[AddOn] = checked("add-on", name, AddOn)
         params: Any = params_from(cls.Params, values, f"client.{name}")
         if getattr(params, "enabled", False):
             addons[name] = cls(params)

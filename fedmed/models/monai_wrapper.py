@@ -19,6 +19,8 @@ PREFIX = "monai:"
 _INPUTS = ("in_channels", "n_input_channels")
 _OUTPUTS = ("out_channels", "num_classes", "n_classes", "classes")
 _FROM_DATA = ("spatial_dims", *_INPUTS, *_OUTPUTS)
+# Arguments of networks that would read a file or fetch one: weights come from the run, and from nowhere else.
+FETCHING = ("pretrained", "pretrained_url", "weights", "path_or_repo_id", "filename", "checkpoint")
 _LAST_IS_MAIN = ("BasicUNetPlusPlus",)  # of a list of outputs this one puts the finest last, the others first
 # What a network raises for arguments or images it cannot work with.
 _REFUSALS = (TypeError, ValueError, LookupError, AttributeError, AssertionError, RuntimeError, ImportError)
@@ -80,16 +82,16 @@ def fill_arguments(
     """Add to the user's `args` what the data decide: dimensions, channels, outputs, image size; nothing is ever
     downloaded.
 
-    A value the user gave is kept. Raises `UserError` for an argument the network does not know and for `pretrained:
-    true`.
+    A value the user gave is kept. Raises `UserError` for an argument the network does not know and for those of `FETCHING`.
     """
     for name in args:
         if name not in accepted:
             raise UserError(f"model.args.{name}: unknown argument of this network{nearest(name, accepted)}")
-    if args.get("pretrained"):
-        raise UserError(
-            "model.args.pretrained: nothing is downloaded, every site builds the same initial model; remove it"
-        )
+    for name in FETCHING:
+        if args.get(name):
+            raise UserError(
+                f"model.args.{name}: nothing is downloaded, every site builds the same initial model; remove it"
+            )
     filled: dict[str, Any] = {"spatial_dims": 2, "pretrained": False, "progress": False}
     filled.update(dict.fromkeys(_INPUTS, in_channels) | dict.fromkeys(_OUTPUTS, num_outputs))
     filled.update(img_size=image_size, in_shape=(in_channels, *image_size), classification=task != "segmentation")

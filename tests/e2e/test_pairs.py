@@ -198,3 +198,9 @@ def test_broken_site_file(lab: Any, tmp_path: Path, caplog: pytest.LogCaptureFix
     assert len(str(caught.value).splitlines()) <= 2
     if at == "node":  # what a hospital's file holds is said in its own log only
         assert re.search(message, caplog.text) and not re.search(message, str(caught.value))
+
+
+@pytest.mark.parametrize(("key", "kind"), [("client.name", "client"), ("strategy.name", "strategy")])
+def test_an_import_path_must_lead_to_a_class_of_its_kind(lab: Any, key: str, kind: str) -> None:
+    with pytest.raises(UserError, match=f"'subprocess:Popen' is no {kind}: expected a class that builds on fedmed"):
+        lab.run(**{key: "subprocess:Popen"})

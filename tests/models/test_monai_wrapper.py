@@ -105,6 +105,7 @@ def test_deep_supervision_goes_to_aux() -> None:
         ("DenseNet121", {"grow_rate": 3}, "classification", "did you mean 'growth_rate'"),
         ("resnet18", {"layers": [1]}, "classification", "unknown argument"),
         ("resnet18", {"pretrained": True}, "classification", "nothing is downloaded"),
+        ("HoVerNet", {"pretrained_url": "a.b"}, "segmentation", "nothing is downloaded"),
         ("UNet", {}, "segmentation", "channels"),
         ("DenseNet121", {"block_config": [2, 2]}, "segmentation", r"needs logits \(1, 3, 64, 64\)"),
         ("UNet", {"channels": [4, 8], "strides": [2]}, "classification", r"needs logits \(1, 3\)"),
