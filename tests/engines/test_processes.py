@@ -90,7 +90,7 @@ def test_orphans_of_a_dead_daemon_are_owned(tmp_path: Path) -> None:
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    assert processes.owned(tmp_path) == {orphan}
+    assert until(lambda: processes.owned(tmp_path) == {orphan})  # not yet while it is being loaded
     assert processes.terminate(tmp_path) == set()
     assert until(lambda: not alive(orphan))
 
