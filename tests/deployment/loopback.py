@@ -109,9 +109,14 @@ class Process:
 
     def children(self, pattern: str) -> list[int]:
         """Process ids of its children whose command line matches."""
-        listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
-        rows = [line.split(None, 2) for line in listed.splitlines()[1:]]
-        return [int(pid) for pid, parent, line in rows if int(parent) == self.popen.pid and re.search(pattern, line)]
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if parent == self.popen.pid and re.search(pattern, line):
+                    found.append(int(folder.name))
+        return found
 
 
 @dataclasses.dataclass
