@@ -27,8 +27,8 @@ ARMS = {
     "pCE + tree energy": WeakParams(tree_weight=0.1),
     "pCE + both": WeakParams(crf_weight=0.1, tree_weight=0.1),
 }
-# base width, side width, (B, H, W): the small network of the experiments, and the published one
-CASES = [(8, 16, (12, 128, 128)), (16, 512, (12, 256, 256))]
+# base width, side width, (B, H, W): the network of the experiments, and the published one but for its side heads (512 wide there)
+CASES = [(8, 16, (12, 128, 128)), (16, 32, (12, 256, 256))]
 
 
 class Step:
