@@ -85,6 +85,6 @@ def test_a_key_that_others_may_read_is_refused(federation: Loopback) -> None:
     (settings.parent / "site.key").chmod(0o644)
     text = federation.do("site", "start", str(settings), code=2)
     assert "chmod 600" in text and "PRIVATE" not in text
-    (federation.coordinator_dir / "secret" / "ca.key").chmod(0o644)
+    (federation.coordinator_dir / "ca" / "ca.key").chmod(0o644)
     text = federation.do("coordinator", "status", str(federation.coordinator_dir), code=2)
-    assert "chmod 600" in text
+    assert "ca.key may be read or changed by others" in text and "chmod -R go=" in text
