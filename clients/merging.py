@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from clients import adaptive_merge as merge
+from clients.weak_annotation import any_labelled
 from fedmed.data.loader import batches, num_batches
 from fedmed.data.split import Batch
 from fedmed.errors import UserError
@@ -96,7 +97,7 @@ class MergingClient(Client):
         """Load the received model and, after the warm-up, merge. Without any labelled pixel the site trains on nothing."""
         self.load_view("global")
         self._check()
-        if not any(self._labelled(part) for part in self.train_set.targets.split(64)):
+        if not any_labelled(self.train_set):
             level = logging.WARNING if self.round <= 1 else logging.INFO
             log.log(level, "%s: no training image has a labelled pixel; the site does not train", self.site)
             self.train_set = self.train_set.subset(torch.zeros(len(self.train_set), dtype=torch.bool))

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
-import fcntl
-import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from fedmed.config import nearest
 from fedmed.deployment import keys, superlink, supervise
 from fedmed.deployment.coordinator_folder import ApprovedSite, CoordinatorFolder
+from fedmed.deployment.only_one import holder, only_one
 from fedmed.deployment.probe import probe
 from fedmed.deployment.site_config import LONGEST_NAME
 from fedmed.engines.flower_internals import CONNECTION, last_json_object
@@ -116,45 +115,21 @@ def _check_free(host: str, port: int) -> None:
         ) from error
 
 
-@contextlib.contextmanager
-def _lock(folder: CoordinatorFolder) -> Iterator[None]:
-    """Be the one coordinator of a folder; ends with the process, whatever way. Raises `UserError` when there is one."""
-    with folder.lock_file.open("a+") as file:
-        folder.lock_file.chmod(0o600)
-        deadline = time.monotonic() + LOCK_WAIT_S
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"the coordinator of {folder.path} runs already, as process {_holder(file)}; "
-                        "`fedmed coordinator status` says how it is, Ctrl-C or SIGTERM there stops it"
-                    ) from None
-            time.sleep(0.05)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+def _lock(folder: CoordinatorFolder) -> AbstractContextManager[None]:
+    """Be the one coordinator of a folder. Raises `UserError` when there is one."""
 
+    def refusal(pid: str) -> UserError:
+        return UserError(
+            f"the coordinator of {folder.path} runs already, as process {pid}; "
+            "`fedmed coordinator status` says how it is, Ctrl-C or SIGTERM there stops it"
+        )
 
-def _holder(file: Any) -> str:
-    file.seek(0)
-    return file.read().strip() or "unknown"
+    return only_one(folder.lock_file, refusal, LOCK_WAIT_S)
 
 
 def running_pid(folder: CoordinatorFolder) -> str | None:
     """Process id of the coordinator that runs in the folder; None when none does."""
-    try:
-        with folder.lock_file.open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return _holder(file)
-    except FileNotFoundError:
-        pass
-    return None
+    return holder(folder.lock_file)
 
 
 def problem(folder: CoordinatorFolder, timeout_s: float = 3.0) -> str | None:

@@ -17,6 +17,7 @@ from fedmed.config import Config, build, from_tree, load_config
 from fedmed.deployment.site_config import IMPORT_PATH, Limits
 from fedmed.deployment.site_facts import Facts
 from fedmed.errors import FedMedError, UserError
+from fedmed.models.monai_wrapper import FETCHING
 
 if TYPE_CHECKING:
     from flwr.app import RecordDict
@@ -27,14 +28,6 @@ if TYPE_CHECKING:
 _BY_CLASS = re.compile(r"\d*[CM]\b")  # an axis over classes or modalities in the shape of a leaf
 _LIBRARY = re.compile(r"monai:\w+")  # reaches the networks of monai.networks.nets and nothing else
 _FLOWER = re.compile(r"flwr:\w+")  # a strategy, which runs at the coordinator only
-_FETCHES = (
-    "pretrained",
-    "pretrained_url",
-    "weights",
-    "path_or_repo_id",
-    "filename",
-    "checkpoint",
-)  # of MONAI's networks
 _SHOWN = 3  # reasons in one refusal
 
 
@@ -110,7 +103,7 @@ def _names(limits: Limits, config: Config) -> Iterator[str]:
     for where, word in _strings(config.model.args, "model.args"):
         if "/" in word or "\\" in word:
             yield f"{where} names a file or an address; a site's model reads and fetches nothing, remove it"
-    for key in _FETCHES:
+    for key in FETCHING:
         if config.model.args.get(key):
             yield f"model.args.{key}: a site's model reads and fetches nothing, remove it"
 

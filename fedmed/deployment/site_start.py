@@ -13,17 +13,18 @@ All of it is the owner's only.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import secrets
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from fedmed.deployment import keys, supervise
+from fedmed.deployment.only_one import holder, only_one
 from fedmed.deployment.probe import probe
 from fedmed.deployment.site_config import SiteConfig, read_site_config
 from fedmed.deployment.site_log import BACK, CONNECTED, LOST, MARK
@@ -196,34 +197,21 @@ class Narrator:
 # ---------------------------------------------------------------------- one site at a time, and how it is
 
 
-@contextlib.contextmanager
-def lock(config: SiteConfig) -> Iterator[None]:
+def lock(config: SiteConfig) -> AbstractContextManager[None]:
     """Be the one process that runs a site's state folder. Raises `UserError` when there is one."""
-    path = config.state / "lock"
-    with path.open("a") as file:
-        path.chmod(0o600)
-        deadline = time.monotonic() + LOCK_WAIT_S
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"a site runs already with the state folder {config.state}; stop it first, or give this one another `state`"
-                    ) from None
-            time.sleep(0.05)
-        yield
+
+    def refusal(pid: str) -> UserError:
+        return UserError(
+            f"a site runs already with the state folder {config.state}; stop it first, or give this one another `state`"
+        )
+
+    return only_one(config.state / "lock", refusal, LOCK_WAIT_S)
 
 
 def is_running(config: SiteConfig) -> bool:
     """Whether `fedmed site start` runs with this state folder."""
     try:
-        with (config.state / "lock").open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-    except BlockingIOError:
-        return True
+        return holder(config.state / "lock") is not None
     except OSError:
         return False
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import logging
-import os
 import signal
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from fedmed.engines import bundle
 from fedmed.engines.flower_internals import quiet_log
 from fedmed.engines.flower_tasks import GIVE_UP_S, ServerTask, TaskLost, TaskSource, bundle_hash, no_answer
 from fedmed.engines.flwr_commands import FlwrCommands
+from fedmed.engines.prepare import absolute
 from fedmed.engines.signals import handled, leave
 from fedmed.errors import FedMedError, UserError
 
@@ -70,9 +70,6 @@ def ignored_keys(config: Config, overrides: Sequence[str] = ()) -> list[str]:
 
 def coordinator_config(config: Config) -> Config:
     """The configuration the coordinator works with: no simulated data, its own paths absolute."""
-
-    def absolute(path: str) -> str:
-        return str(Path(path).expanduser().resolve())
 
     empty = DataConfig()
     evaluation = config.evaluation
@@ -158,23 +155,17 @@ def run(
                     flwr.stop(run_id)  # nobody else would ever take it
 
 
-@contextlib.contextmanager
-def only_run(folder: CoordinatorFolder) -> Iterator[None]:
-    """Be the one run of a coordinator; ends with the process, whatever way. Raises `FedMedError` that names the other."""
-    with (folder.path / "state" / "run.lock").open("a+") as file:
-        os.fchmod(file.fileno(), 0o600)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise FedMedError(
-                f"a run is under way already at the coordinator {folder.path}, as process {file.read().strip() or 'unknown'}; "
-                "wait for its end, or stop it with Ctrl-C there"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+def only_run(folder: CoordinatorFolder) -> AbstractContextManager[None]:
+    """Be the one run of a coordinator. Raises `FedMedError` that names the other."""
+    from fedmed.deployment.only_one import only_one
+
+    def refusal(pid: str) -> FedMedError:
+        return FedMedError(
+            f"a run is under way already at the coordinator {folder.path}, as process {pid}; "
+            "wait for its end, or stop it with Ctrl-C there"
+        )
+
+    return only_one(folder.path / "state" / "run.lock", refusal)
 
 
 def wait_for_superlink(folder: CoordinatorFolder) -> None:

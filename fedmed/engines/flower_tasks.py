@@ -168,6 +168,7 @@ def mend_supernode() -> None:
     flowers_way = supernode._pull_and_store_message
 
     def pull(*, state: Any, object_store: Any, receive: Callable[[], Any], **others: Any) -> int | None:
+        """Flower's function, and what it leaves behind is dropped."""
         received: list[str] = []
 
         def watched() -> Any:

@@ -25,11 +25,13 @@ def cache_folder(config: Config) -> Path:
     return folder.resolve()
 
 
+def absolute(path: str) -> str:
+    """A path as it is meant here, absolute."""
+    return str(Path(path).expanduser().resolve())
+
+
 def with_absolute_paths(config: Config) -> Config:
     """The config with every path absolute, so that it means the same in a process with another working directory."""
-
-    def absolute(path: str) -> str:
-        return str(Path(path).expanduser().resolve())
 
     path = config.data.path
     if path and not path.startswith("phantom:"):
