@@ -167,7 +167,7 @@ class AnnotationCompletion(Supervised):
         self.personal = {**self.personal, SOURCE: source}
         if kept is None:
             return None
-        n, height, width = given.targets.shape
+        n, (height, width) = len(given), self.data.image_size
         try:
             if not torch.equal(known, source):
                 raise ValueError("other training items or masks than in the rounds before")

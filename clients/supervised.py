@@ -100,8 +100,9 @@ def refusal(data: SiteData, client: str) -> str:
     else:
         reason = f"{data.label_kind} annotation leaves pixels open, which client {client!r} cannot read"
         way = "set"
-    masks = None if data.eval_target is None else data.eval_target[data.splits["train"]]
-    there = masks is not None and bool((masks < data.num_classes).all())
+    masks, rows = data.eval_target, data.splits["train"]
+    parts = (rows[start : start + 64] for start in range(0, len(rows), 64))  # masks may stay in the file
+    there = masks is not None and all(bool((masks[part] < data.num_classes).all()) for part in parts)
     other = ", or data.annotation=mask for the full masks this site has, too" if there else ""
     return f"{reason}; {way} client.name=weak client.args=null model.activation=softmax{other}"
 

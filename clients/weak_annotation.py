@@ -112,7 +112,7 @@ def any_labelled(items: Split) -> bool:
     """Whether any pixel of a split is drawn; read from the compact masks, nothing is decoded."""
     if items.ignore_value is None:
         return len(items) > 0
-    parts = items.targets.split(64)  # bounded memory
+    parts = items.target_blocks()
     return any(bool(labelled_pixels(part, items.num_classes, items.ignore_value).any()) for part in parts)
 
 

@@ -33,6 +33,8 @@ MEANING = {
     "data.path": "a site file, or `phantom:<kind>`",
     "data.phantom": "arguments of the phantom generator ([site-files.md](site-files.md))",
     "data.annotation": "which dataset training reads; `auto`: the site's attribute `annotation`, else the first usable",
+    "data.load": "`memory`: images and masks are read at once; `map`: batch by batch, from the file; `auto`: `map` when they take more than a "
+    "quarter of the available memory ([site-files.md](site-files.md#files-larger-than-memory))",
     "data.resize": "side in pixels after area averaging (square, aspect ratio not kept); `null`: the stored size",
     "data.mean": "per channel, subtracted after images are scaled to 0..1",
     "data.std": "per channel, divided by afterwards",

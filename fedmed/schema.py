@@ -21,6 +21,7 @@ class DataConfig:
     path: str = ""  # a site file, or phantom:<kind>
     phantom: dict[str, Any] = field(default_factory=dict)  # arguments of the phantom generator
     annotation: str = "auto"  # auto, mask, label, scribble or box: what training reads
+    load: str = "auto"  # auto, memory or map: whether images and masks are read at once or batch by batch
     resize: int | None = None  # pixels a side after area averaging; None keeps the stored size
     mean: list[float] | None = None  # per channel, on the 0..1 scale
     std: list[float] | None = None
@@ -178,6 +179,7 @@ class Config:
 # (key, allowed values) and (key, lower bound, bound itself allowed): the value checks that types cannot express.
 CHOICES = {
     "data.annotation": ("auto", "mask", "label", "scribble", "box"),
+    "data.load": ("auto", "memory", "map"),
     "model.activation": ("auto", "softmax", "sigmoid"),
     "optimizer.name": ("sgd", "adam", "adamw"),
     "optimizer.schedule": ("constant", "multistep", "poly"),

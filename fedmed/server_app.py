@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -355,13 +356,16 @@ def _central_scorer(
     path, group = (data_path, "central") if choice == "auto" else (Path(choice), None)
     if path is None:
         return None
-    how = config.data.annotation, config.data.mean, config.data.std
+    cfg = config.data
+    read = partial(
+        SiteFile.site, annotation=cfg.annotation, mean=cfg.mean, std=cfg.std, allow_empty_train=True, load=cfg.load
+    )
     with SiteFile.open(path) as file:
         if group is not None and not file.central:
             return None
-        data = {"": file.site(group or file.sites[0].name, *how, allow_empty_train=True)}
+        data = {"": read(file, group or file.sites[0].name)}
         if group is not None:
-            data |= {name: file.site(f"{group}_{name}", *how, allow_empty_train=True) for name in file.conditions}
+            data |= {name: read(file, f"{group}_{name}") for name in file.conditions}
     device = choose_device(config.engine.device)
     clean = data[""]
     # One network for all conditions; each score loads the state anew.

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fedmed.data.loader import batches, num_batches
     from fedmed.data.phantom import PHANTOM_KINDS, make_phantom
     from fedmed.data.site_file import SiteData, SiteFile, SiteInfo, read_truth
+    from fedmed.data.site_writer import SiteRows, SiteWriter
     from fedmed.data.split import Batch, Split, make_decoder
     from fedmed.data.writer import SiteArrays, write_site_file
 
@@ -24,6 +25,8 @@ _HOME = {
     "SiteData": "site_file",
     "SiteFile": "site_file",
     "SiteInfo": "site_file",
+    "SiteRows": "site_writer",
+    "SiteWriter": "site_writer",
     "Split": "split",
     "batches": "loader",
     "make_decoder": "split",
@@ -40,6 +43,8 @@ __all__ = [
     "SiteData",
     "SiteFile",
     "SiteInfo",
+    "SiteRows",
+    "SiteWriter",
     "Split",
     "batches",
     "make_decoder",

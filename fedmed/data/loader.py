@@ -41,8 +41,10 @@ def batches(
     num_items = len(split)
     skip = (rng is not None) if skip_singleton is None else skip_singleton
     order = torch.arange(num_items) if rng is None else torch.randperm(num_items, generator=rng)
-    order = order.to(split.device)
-    for step in range(num_batches(num_items, batch_size, skip)):
+    steps = num_batches(num_items, batch_size, skip)
+    if steps:
+        order = order.to(split.home)  # once, not batch by batch
+    for step in range(steps):
         positions = order[step * batch_size : (step + 1) * batch_size]
         if augment is None or rng is None or not augment.active:
             yield split.batch(positions)

@@ -1,7 +1,7 @@
 """Checks of a site file; each failure is one `UserError` that says what was expected, what came, where, and what to do.
 
-`check_header` reads shapes and attributes only (run on every site when a file is opened); `check_labels` looks at the
-values of one loaded annotation. Letters: N items, H W pixels, L classes.
+Shapes and attributes only, read for every site when a file is opened; values of annotations are the business of `label_checks`.
+Letters: N items, H W pixels, L classes.
 """
 
 from __future__ import annotations
@@ -195,42 +195,3 @@ def choose_annotation(group: h5py.Group, asked: str, where: str, task: str) -> s
     there = [name for name in group if name in ANNOTATIONS]
     hint = nearest(asked, there) if asked else f"; known: {', '.join(there)}"
     raise UserError(f"{where}: data.annotation finds no {asked or ' or '.join(usable)!r} to train {task}{hint}")
-
-
-def check_labels(
-    values: np.ndarray, name: str, where: str, task: str, num_classes: int, ignore_value: int | None
-) -> None:
-    """Check that a loaded annotation is integer and in range: 0 .. L-1 (plus the ignore value); multilabel: 0/1."""
-    if not (np.issubdtype(values.dtype, np.integer) or values.dtype == np.bool_):
-        raise UserError(
-            f"{where}: {name} is {values.dtype}, expected integers (uint8 masks, int64 labels). Convert it."
-        )
-    if values.size == 0:
-        return
-    low, high = int(values.min()), int(values.max())
-    top = 1 if task == "multilabel" else num_classes - 1
-    if low >= 0 and (high <= top or (high == ignore_value and _second(values, high) <= top)):
-        return
-    wrong = low if low < 0 else high
-    reading = "0/1 per class" if task == "multilabel" else f"class ids 0 .. {top}"
-    extra = "" if ignore_value is None else f" (or {ignore_value} = not annotated)"
-    item = int(np.argwhere(values == wrong)[0][0])
-    raise UserError(
-        f"{where}: {name} of image {item} contains {wrong}, expected {reading}{extra}. "
-        "Map the values or correct `classes`."
-    )
-
-
-def check_not_withheld(masks: np.ndarray, ignore_value: int, where: str) -> None:
-    """Refuse training masks (n, H, W) none of whose pixels says anything: the site was given weak annotation instead."""
-    if masks.size and (masks == ignore_value).all():
-        raise UserError(
-            f"{where}: the masks of its training images are withheld, it has weak annotation instead. "
-            "Set data.annotation=auto."
-        )
-
-
-def _second(values: np.ndarray, highest: int) -> int:
-    """Largest value below `highest` (0 when there is none)."""
-    rest = values[values != highest]
-    return int(rest.max()) if rest.size else 0

@@ -13,30 +13,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import h5py
 import numpy as np
-import torch
 
 from fedmed.config import nearest
+from fedmed.data.label_checks import check_labels, check_not_withheld
+from fedmed.data.mapped import FileRows, open_rows, stays_in_file
 from fedmed.data.site_checks import (
     LAYOUT,
-    SPLITS,
     TASKS,
     check_header,
-    check_labels,
-    check_not_withheld,
     choose_annotation,
     open_hdf5,
     read_json,
     read_splits,
     site_groups,
 )
-from fedmed.data.split import BATCH_EXTRAS, Batch, Split, Store, make_decoder
+from fedmed.data.site_data import SiteData
+from fedmed.data.split import Batch, Split, make_decoder
 from fedmed.errors import UserError
 
 __all__ = ["Batch", "SiteData", "SiteFile", "SiteInfo", "Split", "make_decoder", "read_truth"]
@@ -56,124 +55,6 @@ class SiteInfo:
     n_train: int
     n_val: int
     n_test: int
-
-
-@dataclass(eq=False)
-class SiteData:
-    """One site in memory, in the types of the file.
-
-    image (N,H,W) or (N,H,W,C); target: what training reads, (N,) int, (N,L) 0/1 or (N,H,W) class ids; eval_target: what
-    validation and test are scored against (mask or label; None: `target`); splits: name -> (n,) int32; extras: per-item
-    arrays (N, ...) and active_classes (L,); label_kind: kind of annotation in `target`; ignore_value: pixel value that
-    means "not annotated"; mean, std: normalisation on the 0..1 scale.
-    """
-
-    name: str
-    task: str
-    classes: tuple[str, ...]
-    channels: tuple[str, ...]
-    image_size: tuple[int, int]
-    label_kind: str
-    image: np.ndarray
-    target: np.ndarray
-    item_id: list[str]
-    group_id: list[str]
-    splits: dict[str, np.ndarray]
-    extras: dict[str, np.ndarray] = field(default_factory=dict)
-    mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
-    eval_target: np.ndarray | None = None
-    ignore_value: int | None = None
-    origin: tuple[Path, str] | None = None  # file and group, for `read`
-    _stores: dict[torch.device, Store] = field(default_factory=dict, init=False, repr=False)
-    _splits: dict[tuple[str, torch.device], Split] = field(default_factory=dict, init=False, repr=False)
-    _labels: dict[tuple[bool, torch.device], torch.Tensor] = field(default_factory=dict, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        unsigned16 = self.image.dtype == np.uint16
-        self._decode = make_decoder(self.mean, self.std, len(self.channels), unsigned16)
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes, background included."""
-        return len(self.classes)
-
-    @property
-    def active_classes(self) -> np.ndarray:
-        """Classes the site annotates (in at least one training image, or any where it has none), (L,) bool; all of them
-        when the file does not say.
-        """
-        flags = self.extras.get("active_classes")
-        if flags is None:
-            return np.ones(self.num_classes, dtype=bool)
-        rows = self.splits.get("train", ())
-        kept = flags[rows] if flags.ndim == 2 and len(rows) else flags
-        return np.asarray(kept != 0) if kept.ndim == 1 else np.asarray((kept != 0).any(axis=0))
-
-    def annotated(self, batch: Batch) -> torch.Tensor | None:
-        """Which classes each item of a batch is annotated for, (B, L) bool (a 0 of another class says nothing); None
-        when the file does not say.
-        """
-        flags = batch.extras.get("active_classes")
-        if flags is None and "active_classes" in self.extras:  # said of the site as a whole
-            whole = torch.from_numpy(self.active_classes).to(batch.targets.device)
-            return whole.expand(len(batch), -1)
-        return None if flags is None else flags != 0
-
-    def num_examples(self, split: str) -> int:
-        """Number of images in a split."""
-        return len(self.splits.get(split, ()))
-
-    def read(self, name: str) -> np.ndarray:
-        """Dataset `name` of the site (kept in `extras` from then on); large ones such as further masks are only read
-        when asked for here.
-        """
-        if name not in self.extras:
-            if self.origin is None:
-                raise UserError(f"Site {self.name!r} has no dataset {name!r}{nearest(name, self.extras)}")
-            path, group = self.origin
-            with open_hdf5(path) as file:
-                node = file[group] if group else file
-                names = [key for key in node if isinstance(node[key], h5py.Dataset)]
-                if name not in names:
-                    raise UserError(f"{path}, site {self.name!r}: no dataset {name!r}{nearest(name, names)}")
-                self.extras[name] = node[name][...]
-        return self.extras[name]
-
-    def split(self, name: str, device: str | torch.device = "cpu") -> Split:
-        """Split train, val or test on `device`; images are moved there once and shared by all splits. train reads
-        `target`, the others `eval_target`.
-        """
-        if name not in SPLITS:
-            raise UserError(f"Unknown split {name!r}{nearest(name, SPLITS)}")
-        place = torch.device(device)
-        if (name, place) not in self._splits:
-            rows = torch.from_numpy(np.asarray(self.splits.get(name, ()), dtype=np.int64)).to(place)
-            labels = self._labels_on(place, training=name == "train" or self.eval_target is None)
-            self._splits[name, place] = Split(self._store_on(place), rows, labels, rows)
-        return self._splits[name, place]
-
-    def _store_on(self, place: torch.device) -> Store:
-        if place not in self._stores:
-            planes = self.image[:, None] if self.image.ndim == 3 else np.moveaxis(self.image, -1, 1)
-            planes = np.ascontiguousarray(planes)  # no copy when loaded from a file
-            if planes.dtype == np.uint16:  # torch gathers int16; the decoder restores the sign bit
-                planes = planes.view(np.int16)
-            extras = {
-                key: torch.from_numpy(np.ascontiguousarray(self.extras[key])).to(place)
-                for key in BATCH_EXTRAS
-                if key in self.extras and self.extras[key].ndim >= 2
-            }
-            images = torch.from_numpy(planes).to(place)
-            self._stores[place] = Store(images, extras, self._decode, self.task, self.num_classes, self.ignore_value)
-        return self._stores[place]
-
-    def _labels_on(self, place: torch.device, training: bool) -> torch.Tensor:
-        if (training, place) not in self._labels:
-            values = self.target if training or self.eval_target is None else self.eval_target
-            kind = np.int64 if self.task == "classification" else np.uint8
-            self._labels[training, place] = torch.from_numpy(np.ascontiguousarray(values, dtype=kind)).to(place)
-        return self._labels[training, place]
 
 
 class SiteFile:
@@ -234,7 +115,7 @@ class SiteFile:
         self.close()
 
     def close(self) -> None:
-        """Close the file; loaded sites stay usable."""
+        """Close the file; sites read from it stay usable."""
         self._file.close()
 
     def site(
@@ -244,13 +125,15 @@ class SiteFile:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         allow_empty_train: bool = False,
+        load: str = "auto",
     ) -> SiteData:
-        """Load a site by name or group ("central" for the pooled one) into memory, in compact types, and check its
-        labels.
+        """Read a site by name or group ("central" for the pooled one), in compact types, and check its labels.
 
         `annotation` says which dataset training reads (see `choose_annotation`); `mean`, `std` normalise batches on the
         0..1 scale, one number or one per channel. A site without training images is refused unless `allow_empty_train`
-        (the central group never has any).
+        (the central group never has any). `load`: "memory" reads images and masks whole, "map" leaves them in the file
+        until a batch asks for them, "auto" does so when they take more than a quarter of the available memory; what is
+        read is the same.
         """
         info = self._find(name)
         where = self._where(info.name)
@@ -260,18 +143,16 @@ class SiteFile:
                 f"{where}: the train split is empty ({info.n} images). Put images into train_idx or leave the site out."
             )
         chosen = choose_annotation(node, annotation, where, self.task)
-        target, ignore = self._load(node, chosen, where)
+        truth = "mask" if self.task == "segmentation" else "label"
+        mapped = stays_in_file(load, sum(_bytes(node[key]) for key in {"image", chosen, truth} if key in node))
+        target, ignore = self._load(node, chosen, where, mapped)
         splits = read_splits(node, where, info.n)
         if chosen == "mask" and ignore is not None:
-            check_not_withheld(target[splits["train"]], ignore, where)
-        truth = "mask" if self.task == "segmentation" else "label"
-        eval_target = None if truth == chosen or truth not in node else self._load(node, truth, where)[0]
+            check_not_withheld(target, splits["train"], ignore, where)
+        eval_target = None if truth == chosen or truth not in node else self._load(node, truth, where, mapped)[0]
         kind = node.attrs.get("label_kind") if annotation in ("auto", node.attrs.get("annotation")) else None
         extras = self._small_extras(node, chosen, info.n)
         self._check_flags(extras, info, where)
-        image = node["image"][...]
-        if image.ndim == 4:  # kept plane by plane, shown as N,H,W,C: splits then need no second copy
-            image = np.ascontiguousarray(image.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
         item_id = _strings(node, "item_id") or [f"{info.name}:{i}" for i in range(info.n)]
         return SiteData(
             name=info.name,
@@ -280,7 +161,7 @@ class SiteFile:
             channels=self.channels,
             image_size=self.image_size,
             label_kind=str(kind or chosen),
-            image=image,
+            image=open_rows(node["image"], self.path) if mapped else _planar(node["image"][...]),
             target=target,
             item_id=item_id,
             group_id=_strings(node, "group_id") or list(item_id),
@@ -291,6 +172,7 @@ class SiteFile:
             eval_target=eval_target,
             ignore_value=ignore,
             origin=(self.path, info.group),
+            mapped=mapped,
         )
 
     @property
@@ -334,13 +216,14 @@ class SiteFile:
         known = [info.group if name.startswith("site_") and info.group else info.name for info in self.sites]
         raise UserError(f"{self.path} has no site {name!r}{nearest(name, known)}")
 
-    def _load(self, node: h5py.Group, name: str, where: str) -> tuple[np.ndarray, int | None]:
+    def _load(self, node: h5py.Group, name: str, where: str, mapped: bool) -> tuple[np.ndarray | FileRows, int | None]:
         keys = ((holder, f"ignore_value{part}") for part in (f"_in_{name}", "") for holder in (node, self._file))
         declared = next((holder.attrs[key] for holder, key in keys if key in holder.attrs), None)
         # weak annotations may leave pixels undrawn even when the file does not say so: their value is then L
         weak = self.task == "segmentation" and name != "mask"
         ignore = int(declared) if declared is not None else (len(self.classes) if weak else None)
-        values = node[name][...]
+        rows = node[name]
+        values = open_rows(rows, self.path) if mapped and rows.ndim >= 3 else rows[...]
         check_labels(values, name, where, self.task, len(self.classes), ignore)
         return values, ignore
 
@@ -383,6 +266,17 @@ def read_truth(path: str | Path) -> dict[str, dict[str, Any]]:
             if "reference" in node:
                 truth[info.name] = {key: _plain(value) for key, value in node["reference"].attrs.items()}
     return truth
+
+
+def _bytes(dataset: h5py.Dataset) -> int:
+    return int(dataset.size) * dataset.dtype.itemsize
+
+
+def _planar(image: np.ndarray) -> np.ndarray:
+    """Images (N,H,W,C) kept plane by plane, shown as they were: splits then need no second copy."""
+    if image.ndim == 3:
+        return image
+    return np.ascontiguousarray(image.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
 
 
 def _plain(value: Any) -> Any:

@@ -2,13 +2,13 @@
 
 Letters: N images of a site, n of a split, B of a batch, C channels, L classes, H W pixels. Images and labels stay in
 the type of the file (usually uint8) until a batch is asked for; all splits and subsets of a site share one image
-tensor.
+tensor, or one way to the images in the file.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmed.errors import UserError
+from fedmed.data.decode import Decoder, make_decoder
+from fedmed.data.mapped import HostRows
 
-Decoder = Callable[[Tensor], Tensor]
+__all__ = ["BATCH_EXTRAS", "Batch", "Split", "Store", "fingerprint", "make_decoder"]
 BATCH_EXTRAS = ("modality_present", "active_classes")  # per-item extras that ride on every batch
 
 
@@ -61,60 +62,13 @@ class Batch:
         return int(self.images.shape[0])
 
 
-def make_decoder(
-    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int, unsigned16: bool = False
-) -> Callable[[Tensor], Tensor]:
-    """Build the function that turns stored images (B,C,H,W) into float32.
-
-    uint8 is divided by 255, uint16 (held as int16 bit patterns when `unsigned16`) by 65535, floats are taken as they
-    are; then (x - mean) / std with mean, std of length C or 1, on the scale after the division. Raises UserError for a
-    wrong length or std <= 0.
-    """
-    centre = _per_channel("data.mean", mean, channels)
-    scale = _per_channel("data.std", std, channels)
-    if scale is not None and not bool((scale > 0).all()):
-        raise UserError(
-            f"data.std must be positive in every channel, got {list(std or [])}. Leave it out to skip the scaling."
-        )
-    placed: dict[torch.device, tuple[Tensor | None, Tensor | None]] = {}
-
-    def decode(raw: Tensor) -> Tensor:
-        """Stored images to float32."""
-        if raw.dtype == torch.uint8:
-            images = raw.to(torch.float32).div_(255.0)
-        elif unsigned16:
-            images = raw.to(torch.int32).bitwise_and_(0xFFFF).to(torch.float32).div_(65535.0)
-        else:
-            images = raw.to(torch.float32, copy=True)
-        if centre is None and scale is None:
-            return images
-        if raw.device not in placed:
-            placed[raw.device] = tuple(None if x is None else x.to(raw.device) for x in (centre, scale))  # type: ignore[assignment]
-        shift, divisor = placed[raw.device]
-        if shift is not None:
-            images.sub_(shift)
-        return images if divisor is None else images.div_(divisor)
-
-    return decode
-
-
-def _per_channel(key: str, values: Sequence[float] | None, channels: int) -> Tensor | None:
-    if values is None:
-        return None
-    if len(values) not in (1, channels):
-        raise UserError(
-            f"{key} needs one number or one per channel ({channels}), got {len(values)}: {list(values)}. Fix {key}."
-        )
-    return torch.tensor([float(v) for v in values], dtype=torch.float32).view(-1, 1, 1)
-
-
 @dataclass(frozen=True)
 class Store:
-    """What all splits of a site share: images (N,C,H,W) in the file's type on one device, per-item extras (N, ...), the
-    decoder.
+    """What all splits of a site share: images (N,C,H,W) in the file's type on one device (or gathered from the file and
+    moved there), per-item extras (N, ...), the decoder.
     """
 
-    images: Tensor
+    images: Tensor | HostRows
     extras: dict[str, Tensor]
     decode: Decoder
     task: str
@@ -125,15 +79,15 @@ class Store:
 class Split:
     """Ordered view on n items of one site; cheap to cut (`subset`) and to relabel (`with_targets`).
 
-    In: rows (n,) int64 places in the site; labels, compact, (N, ...) over the site when `label_rows` is `rows`, or (n,
-    ...) when it is None.
+    In: rows (n,) int64 places in the site; labels, compact, (N, ...) over the site when `of_site`, else (n, ...) of the
+    items themselves.
     """
 
-    def __init__(self, store: Store, rows: Tensor, labels: Tensor, label_rows: Tensor | None) -> None:
+    def __init__(self, store: Store, rows: Tensor, labels: Tensor | HostRows, of_site: bool) -> None:
         self._store = store
-        self._rows = rows
+        self._rows = rows.to(self.home)
         self._labels = labels
-        self._label_rows = label_rows
+        self._of_site = of_site
 
     def __len__(self) -> int:
         return int(self._rows.numel())
@@ -141,12 +95,17 @@ class Split:
     @property
     def index(self) -> Tensor:
         """Positions of the items in the site, (n,) int64."""
-        return self._rows
+        return self._rows.to(self.device)
 
     @property
     def device(self) -> torch.device:
-        """Where images and labels lie."""
+        """Where batches are made."""
         return self._store.images.device
+
+    @property
+    def home(self) -> torch.device:
+        """Where positions are looked up: `device`, or the host for images that stay in the file. Positions of `raw` lie best here."""
+        return torch.device("cpu") if isinstance(self._store.images, HostRows) else self.device
 
     @property
     def task(self) -> str:
@@ -165,17 +124,29 @@ class Split:
 
     @property
     def targets(self) -> Tensor:
-        """Labels of the n items in their compact type: (n,) int64, (n,L) uint8 or (n,H,W) uint8."""
-        return self._labels if self._label_rows is None else self._labels.index_select(0, self._label_rows)
+        """Labels of the n items in their compact type: (n,) int64, (n,L) uint8 or (n,H,W) uint8.
+
+        Masks that stay in the file are all read for it; `target_blocks` needs no such memory.
+        """
+        if not self._of_site and isinstance(self._labels, Tensor):
+            return self._labels
+        return self._labels_at(torch.arange(len(self)))
+
+    def target_blocks(self, size: int = 64) -> Iterator[Tensor]:
+        """`targets` in blocks of at most `size` items, one after the other."""
+        for positions in torch.arange(len(self)).split(size):
+            yield self._labels_at(positions)
+
+    def _labels_at(self, positions: Tensor) -> Tensor:
+        return _select(self._labels, _select(self._rows, positions) if self._of_site else positions)
 
     def raw(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Undecoded images (B,C,H,W), compact targets and site positions (B,) of the items at `positions` (B,) int64 in
         the split.
         """
-        rows = self._rows.index_select(0, positions)
-        images = self._store.images.index_select(0, rows)
-        labels = self._labels.index_select(0, positions if self._label_rows is None else rows)
-        return images, labels, rows
+        rows = _select(self._rows, positions)
+        labels = _select(self._labels, rows if self._of_site else positions)
+        return _select(self._store.images, rows), labels, rows.to(self.device)
 
     def decode(self, raw: Tensor) -> Tensor:
         """Stored images to float32 with the site's normalisation, (B,C,H,W)."""
@@ -193,7 +164,6 @@ class Split:
 
     def batch(self, positions: Tensor) -> Batch:
         """Decode the items at `positions` ((B,) int64 in 0..n-1, repetition allowed), without augmentation."""
-        positions = positions.to(self.device)
         raw, labels, rows = self.raw(positions)
         return Batch(self.decode(raw), self.decode_targets(labels), rows, extras=self.extras_at(rows))
 
@@ -205,11 +175,8 @@ class Split:
             if keep.numel() != len(self):
                 raise ValueError(f"subset of a split of {len(self)} items: the mask has {keep.numel()} entries")
             keep = keep.nonzero().flatten()
-        keep = keep.to(self.device)
-        rows = self._rows.index_select(0, keep)
-        if self._label_rows is None:
-            return Split(self._store, rows, self._labels.index_select(0, keep), None)
-        return Split(self._store, rows, self._labels, rows)
+        labels = self._labels if self._of_site else self._labels_at(keep)
+        return Split(self._store, _select(self._rows, keep), labels, self._of_site)
 
     def with_targets(self, targets: Tensor) -> Split:
         """Split with the same images and new labels (n, ...): integers (compact types are kept) or floats (soft
@@ -219,7 +186,7 @@ class Split:
             raise ValueError(f"with_targets on a split of {len(self)} items got {targets.shape[0]} targets")
         if targets.dtype == torch.float64:
             targets = targets.float()
-        return Split(self._store, self._rows, targets.to(self.device), None)
+        return Split(self._store, self._rows, targets.to(self.device), of_site=False)
 
     def class_counts(self) -> np.ndarray:
         """Items (classification), positives (multilabel) or pixels (segmentation; ignored ones left out) per class,
@@ -227,22 +194,28 @@ class Split:
 
         Soft targets count their mass, rounded. An empty split counts zero everywhere.
         """
-        classes, targets = self.num_classes, self.targets
-        if self.task == "multilabel" or targets.is_floating_point():
-            if targets.ndim == 4:  # soft masks (n, L, H, W)
-                targets = targets.sum(dim=(2, 3))
-            return np.rint(targets.double().sum(dim=0).cpu().numpy()).astype(np.int64)
+        classes = self.num_classes
         counts = torch.zeros(classes + 1, dtype=torch.int64)
-        for part in targets.split(64):  # bounded memory: bincount widens to int64
+        mass = torch.zeros(classes, dtype=torch.float64)
+        for part in self.target_blocks():  # bounded memory: bincount widens to int64
+            if self.task == "multilabel" or part.is_floating_point():
+                part = part.sum(dim=(2, 3)) if part.ndim == 4 else part  # soft masks (n, L, H, W)
+                mass += part.double().sum(dim=0).cpu()
+                continue
             values = part.flatten().to(torch.int64)
             values = torch.where((values < 0) | (values >= classes), classes, values)
             counts += torch.bincount(values, minlength=classes + 1).cpu()
-        return counts[:classes].numpy()
+        return counts[:classes].numpy() + np.rint(mass.numpy()).astype(np.int64)
+
+
+def _select(source: Tensor | HostRows, index: Tensor) -> Tensor:
+    return source.index_select(0, index if isinstance(source, HostRows) else index.to(source.device))
 
 
 def fingerprint(split: Split, *more: np.ndarray) -> Tensor:
     """Checksum (1,) int64 of which items a split holds, how they are annotated, and further arrays: what kept labels belong to."""
     code = 0
-    for part in (split.index.cpu().numpy(), split.targets.cpu().numpy(), *more):
+    targets = (block.cpu().numpy() for block in split.target_blocks())
+    for part in (split.index.cpu().numpy(), *targets, *more):
         code = zlib.crc32(np.ascontiguousarray(part).data, code)
     return torch.tensor([code], dtype=torch.int64)

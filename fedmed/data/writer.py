@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,36 +64,83 @@ def write_site_file(
     Raises UserError when `meta` is incomplete.
     """
     path = Path(path)
+    check_meta(path, meta)
+    with published(path) as partial, h5py.File(partial, "w") as file:
+        write_head(file, meta, len(sites), recipe)
+        for index, site in enumerate(sites):
+            _write_site(file.create_group(site.group or group_name(index)), site, compression)
+        if central is not None:
+            _write_site(file.create_group("central"), central, compression)
+        for condition, items in (conditions or {}).items():
+            _write_site(file.create_group(f"central_{condition}"), items, compression)
+    return path
+
+
+@contextmanager
+def published(path: Path) -> Iterator[Path]:
+    """A name beside `path` that no other writer has; what lies there at the end takes the place of `path`, and goes on an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def refused(path: Path, failure: Exception) -> UserError:
+    """The error to raise when the system does not let a file be written, without the words of HDF5 about its inside."""
+    number = re.search(r"errno = (\d+)", str(failure))
+    reason = os.strerror(int(number[1])) if number else str(failure)
+    return UserError(f"Cannot write {path}: {reason}. Check the free space and the rights of the folder.")
+
+
+def check_meta(path: Path, meta: Mapping[str, Any]) -> None:
+    """Refuse root attributes that lack one a site file needs."""
     missing = [key for key in ("task", *_JSON_KEYS) if key not in meta]
     if missing:
         raise UserError(
             f"Cannot write {path}: the attributes {', '.join(missing)} are missing in meta. "
             "Give task, classes, channels, image_size."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with h5py.File(partial, "w") as file:
-            _write_attrs(file, {**meta, "layout_version": LAYOUT, "n_sites": len(sites)})
-            if recipe is not None:
-                file.attrs["recipe"] = json.dumps(recipe, sort_keys=True)
-            for index, site in enumerate(sites):
-                _write_site(file.create_group(site.group or f"site_{index:02d}"), site, compression)
-            if central is not None:
-                _write_site(file.create_group("central"), central, compression)
-            for condition, items in (conditions or {}).items():
-                _write_site(file.create_group(f"central_{condition}"), items, compression)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
 
 
-def _write_attrs(node: h5py.Group, attrs: Mapping[str, Any]) -> None:
+def group_name(index: int) -> str:
+    """The group of the site number `index`, counted from 0."""
+    return f"site_{index:02d}"
+
+
+def write_head(file: h5py.File, meta: Mapping[str, Any], n_sites: int, recipe: Mapping[str, Any] | None) -> None:
+    """Write the attributes of the file."""
+    write_attrs(file, {**meta, "layout_version": LAYOUT, "n_sites": n_sites})
+    if recipe is not None:
+        file.attrs["recipe"] = json.dumps(recipe, sort_keys=True)
+
+
+def write_attrs(node: h5py.Group, attrs: Mapping[str, Any]) -> None:
+    """Write attributes; lists and mappings as JSON, None not at all."""
     for key, value in attrs.items():
         if value is None:
             continue
         node.attrs[key] = json.dumps(value) if isinstance(value, (list, tuple, dict)) else value
+
+
+def write_strings(node: h5py.Group, name: str, values: Sequence[str]) -> None:
+    """Write strings (N,) as UTF-8 of one length."""
+    node[name] = np.array([value.encode() for value in values], dtype=bytes) if values else np.zeros(0, "S1")
+
+
+def write_site_attrs(
+    node: h5py.Group, name: str, count: int, splits: Mapping[str, Any], attrs: Mapping[str, Any]
+) -> None:
+    """Write name, size and splits of a site, and attributes of its own; index lists too long for an attribute become datasets."""
+    write_attrs(node, {"site_name": name, "n": count, **attrs})
+    for split in SPLITS:
+        indices = np.asarray(splits.get(split, ()), dtype=np.int32)
+        if len(indices) <= MAX_ATTRIBUTE:
+            node.attrs[f"{split}_idx"] = indices
+        else:
+            node[f"{split}_idx"] = indices
 
 
 def _write_site(node: h5py.Group, site: SiteArrays, compression: int) -> None:
@@ -109,19 +159,13 @@ def _write_site(node: h5py.Group, site: SiteArrays, compression: int) -> None:
                 f"Cannot write site {site.name!r}: {key} has {len(values)} entries, image has {count}. "
                 "Give one per image."
             )
-        node[key] = np.array([value.encode() for value in values], dtype=bytes) if values else np.zeros(0, "S1")
-    _write_attrs(node, {"site_name": site.name, "n": count, **site.attrs})
-    for split in SPLITS:
-        indices = np.asarray(site.splits.get(split, ()), dtype=np.int32)
-        if len(indices) <= MAX_ATTRIBUTE:
-            node.attrs[f"{split}_idx"] = indices
-        else:
-            node[f"{split}_idx"] = indices
+        write_strings(node, key, values)
+    write_site_attrs(node, site.name, count, site.splits, site.attrs)
     if site.reference or site.truth:
         reference = node.create_group("reference")
         for name, array in site.reference.items():
             _write_array(reference, name, np.asarray(array), compression)
-        _write_attrs(reference, site.truth)
+        write_attrs(reference, site.truth)
 
 
 def _write_array(node: h5py.Group, name: str, array: np.ndarray, compression: int) -> None:

@@ -88,13 +88,16 @@ def class_counts(data: SiteData) -> np.ndarray:
     """Training items that show a class, (C,) int64; of masks: items with a pixel of it."""
     import numpy as np
 
-    target = data.target[data.splits["train"]]
+    train = data.splits["train"]
     if data.task == "classification":
-        return np.bincount(target.astype(np.int64), minlength=data.num_classes)[: data.num_classes]
+        return np.bincount(data.target[train].astype(np.int64), minlength=data.num_classes)[: data.num_classes]
     if data.task == "multilabel":
-        return np.asarray((target > 0).sum(axis=0), dtype=np.int64)
-    flat = target.reshape(len(target), -1)
-    return np.array([int((flat == place).any(axis=1).sum()) for place in range(data.num_classes)])
+        return np.asarray((data.target[train] > 0).sum(axis=0), dtype=np.int64)
+    counts = np.zeros(data.num_classes, dtype=np.int64)
+    for start in range(0, len(train), 64):  # masks may be larger than memory
+        flat = data.target[train[start : start + 64]].reshape(min(64, len(train) - start), -1)
+        counts += [(flat == place).any(axis=1).sum() for place in range(data.num_classes)]
+    return counts
 
 
 def _classes(data: SiteData, min_count: int) -> str:

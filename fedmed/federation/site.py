@@ -118,7 +118,9 @@ class Workshop:
                         )
                     name = file.sites[index].name
                 cfg = self.config.data
-                self._data[key] = file.site(name, cfg.annotation, cfg.mean, cfg.std, allow_empty_train=True)
+                self._data[key] = file.site(
+                    name, cfg.annotation, cfg.mean, cfg.std, allow_empty_train=True, load=cfg.load
+                )
         return self._data[key]
 
     def env(self, data: SiteData) -> Env:
