@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fedmed.version import __version__
+
 if TYPE_CHECKING:  # a plain `import fedmed` stays free of torch
     from fedmed.engines.loading import load
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 

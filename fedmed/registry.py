@@ -97,6 +97,29 @@ CORRUPTIONS: dict[str, str] = {
     "weak_labels": "data_prep.corruption.weak_labels:WeakLabels",
 }
 
+IMPORTERS: dict[str, str] = {
+    "images": "data_prep.importers.images:Images",
+    "nifti": "data_prep.importers.nifti:NiftiVolumes",
+    "dicom": "data_prep.importers.dicom:DicomSeries",
+    "medmnist": "data_prep.importers.medmnist:MedMNIST",
+    "ham10000": "data_prep.importers.presets.ham10000:Ham10000",
+    "isic": "data_prep.importers.presets.isic:Isic",
+    "chestxray14": "data_prep.importers.presets.chestxray14:ChestXray14",
+    "lgg": "data_prep.importers.presets.lgg:Lgg",
+    "acdc": "data_prep.importers.presets.acdc:AcdcScribbles",
+    "chase": "data_prep.importers.presets.chase:Chase",
+    "brats": "data_prep.importers.presets.brats:Brats",
+}
+
+# What `fedmed data` does, by command; lives in the methods layer, hence by name.
+DATA_TOOLS: dict[str, str] = {
+    "import": "data_prep.importers.run:import_data",
+    "check": "data_prep.checks:check_file",
+    "split": "data_prep.tools:split_file",
+    "corrupt": "data_prep.tools:corrupt_file",
+    "phantom": "data_prep.tools:phantom_file",
+}
+
 # Applied before a run; lives in the methods layer, hence by name.
 DERIVE = "data_prep.protocol:derive"
 
@@ -108,6 +131,7 @@ KINDS: dict[str, dict[str, str]] = {
     "loss": LOSSES,
     "partition": PARTITIONS,
     "corruption": CORRUPTIONS,
+    "importer": IMPORTERS,
 }
 
 

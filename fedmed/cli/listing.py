@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import fedmed
+from fedmed.cli.compare import comparisons
 from fedmed.errors import UserError
 
 # Word on the command line -> kind in the registry; experiments are files, not registry entries.
@@ -22,8 +23,9 @@ REGISTRY_KINDS = {
     "losses": "loss",
     "partitions": "partition",
     "corruptions": "corruption",
+    "importers": "importer",
 }
-KINDS = ("experiments", *REGISTRY_KINDS)
+KINDS = ("experiments", "comparisons", *REGISTRY_KINDS)
 
 _MAX_REEXPORTS = 4  # steps a name is followed through `from x import y`
 
@@ -106,6 +108,8 @@ def entries(kind: str) -> dict[str, str]:
 
     if kind == "experiments":
         return experiments()
+    if kind == "comparisons":
+        return comparisons()
     if kind not in REGISTRY_KINDS:
         raise UserError(f"nothing to list under {kind!r}{nearest(kind, KINDS)}")
     return {
