@@ -1,0 +1,1 @@
+"""Importers of public data sets, each for the folders it is published in."""
