@@ -41,6 +41,7 @@ IDENTITY = {
 _STAYS = (
     "images, annotations, names of items and patients, predictions, losses and scores of single items, class counts",
     "cases.csv: one line per scored item (in the state folder)",
+    "confusion.json: counts of true and predicted classes (in the state folder)",
     "config.yaml: what the run asked (in the state folder)",
 )
 _KINDS = {"parameter": "parameters", "buffer": "buffers (running statistics)", "counter": "counters"}
@@ -191,8 +192,8 @@ def metric_names(shape: Shape, activation: str, *, hd95: bool) -> list[str]:
 
 def _stays(config: Config, layout: Layout, shape: Shape) -> Iterator[str]:
     yield from _STAYS
-    if shape.task == "segmentation":
-        yield "overlay.npz: a few images with reference and prediction (in the state folder)"
+    pictures = "overlay.npz" if shape.task == "segmentation" else "examples.npz"
+    yield f"{pictures}: three images with reference and prediction (in the state folder)"
     if layout.personal:
         numbers, size = _amount(layout, layout.personal)
         shown = ", ".join(layout.personal[:6]) + (", ..." if len(layout.personal) > 6 else "")

@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fedmed.data.loader import batches
-from fedmed.data.split import Batch
+from fedmed.federation import case_files
 from fedmed.federation.client import Client
 from fedmed.federation.subsets import modality_subsets, restrict, take_away, takes_subsets
-from fedmed.files import write_csv
+from fedmed.files import write_csv, write_json
 from fedmed.metrics import evaluate_cases, per_class, summarise
 
-_OVERLAY_ITEMS = 4
 _BY_CLASS = {"classification": "recall", "multilabel": "auc"}
 
 
 @dataclass
 class Scored:
-    """Scores of one split in one view: aggregates, one record per case, and a few pictures for the overlay sheet (segmentation)."""
+    """Scores of one split in one view: aggregates, one record per case in the order of the split, and by whom they were made."""
 
     metrics: dict[str, float]
     cases: list[dict[str, Any]]
-    overlay: dict[str, np.ndarray[Any, Any]]
+    client: Client
+    split: str
+    view: str
 
 
 def score(
@@ -51,19 +50,15 @@ def score(
     if subset is not None:
         split = restrict(split, subset)
     task, classes = client.data.task, client.data.classes
-    was_training = client.model.training
-    client.model.eval()
     cases: list[dict[str, Any]] = []
     probs: list[Tensor] = []
     targets: list[Tensor] = []
-    overlay: dict[str, np.ndarray[Any, Any]] = {}
-    with torch.no_grad():
+    with case_files.evaluating(client):
         for batch in batches(split, 4 * client.config.training.batch_size):
             if subset is not None:
                 batch = take_away(batch, subset)
-            with client.autocast():
-                prob = client.predict(batch, view).float()
-            truth = _known(client, batch)
+            prob = case_files.predict(client, batch, view)
+            truth = case_files.known_targets(client, batch)
             records = evaluate_cases(task, prob, truth, client.activation, len(classes), hd95=hd95)
             rows = batch.index.tolist()
             cases += [
@@ -73,22 +68,13 @@ def score(
             if task != "segmentation":
                 probs.append(prob.cpu())
                 targets.append(truth.cpu())
-            elif not overlay:
-                overlay = _pictures(client, batch.images, batch.targets, prob)
-    client.model.train(was_training)
     joined = (torch.cat(probs), torch.cat(targets)) if probs else (None, None)
     metrics = summarise(task, joined[0], joined[1], cases, classes) if cases else {}
     name = _BY_CLASS.get(task) if by_class else None
     if name is not None and cases:
         table = per_class(task, joined[0], joined[1], cases, classes)
         metrics |= {f"{name}_{place}": row[name] for place, row in enumerate(table.values())}
-    return Scored(metrics, cases, overlay)
-
-
-def _known(client: Client, batch: Batch) -> Tensor:
-    """The targets of a batch; of multi-label items NaN, unknown, where a class is not annotated for an item."""
-    active = client.data.annotated(batch) if client.data.task == "multilabel" else None
-    return batch.targets if active is None else batch.targets.masked_fill(~active, float("nan"))
+    return Scored(metrics, cases, client, split_name, view)
 
 
 def score_view(
@@ -132,26 +118,23 @@ def score_subsets(client: Client) -> dict[str, Any]:
     return metrics
 
 
-def _pictures(client: Client, images: Tensor, targets: Tensor, prob: Tensor) -> dict[str, np.ndarray[Any, Any]]:
-    from fedmed.models.heads import label_map
+def write_case_files(folder: Path, scored: Sequence[Scored]) -> None:
+    """Write the records of the last evaluation into a folder of their own (0700), atomically; they never travel.
 
-    chosen = slice(0, _OVERLAY_ITEMS)
-    low, high = images[chosen].amin(dim=(1, 2, 3), keepdim=True), images[chosen].amax(dim=(1, 2, 3), keepdim=True)
-    shown = ((images[chosen] - low) / (high - low).clamp_min(1e-6) * 255).byte()
-    return {
-        "image": shown.permute(0, 2, 3, 1).cpu().numpy(),
-        "reference": targets[chosen].to(torch.uint8).cpu().numpy(),
-        "prediction": label_map(prob[chosen], client.activation).to(torch.uint8).cpu().numpy(),
-    }
-
-
-def write_case_files(folder: Path, scored: list[Scored]) -> None:
-    """Write `cases.csv` and, for segmentation, `overlay.npz` into a site's own folder (0700), atomically; they never travel."""
+    `cases.csv` has all cases. Of the first view on the test split (on another split where there is none) come `confusion.json` with the
+    counts, and the best, the median and the worst case with their images: `overlay.npz` (segmentation) or `examples.npz`, see
+    `fedmed.federation.case_files`. Loads that view into the model again.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
     write_csv(folder / "cases.csv", [row for s in scored for row in s.cases])
-    overlay = next((s.overlay for s in scored if s.overlay), None)
-    if overlay:
-        temporary = folder / f".overlay.{os.getpid()}.tmp.npz"
-        np.savez_compressed(temporary, **overlay)  # type: ignore[arg-type]
-        temporary.replace(folder / "overlay.npz")
+    judged = next((s for s in scored if s.split == "test"), next(iter(scored), None))
+    if judged is None:
+        return
+    client, what = judged.client, (judged.split, judged.view, judged.cases)
+    client.load_view(judged.view)
+    write_json(folder / case_files.CONFUSION, case_files.confusion(client, *what))
+    arrays = case_files.example_arrays(client, *what)
+    if arrays:
+        name = case_files.OVERLAY if client.data.task == "segmentation" else case_files.EXAMPLES
+        case_files.write_arrays(folder / name, arrays)
