@@ -1,7 +1,7 @@
 # make demo      compare two methods on synthetic sites; the report lands in demo-report/ (made anew; DEMO_OUT=dir: there)
 # make test      the fast tests          make test-slow   effects, golden metrics, engines
 # make lint      ruff and import layers  make types       mypy
-# make results   the tables of docs/results.md; DATA=folder with the site files they name
+# make results   the comparisons of docs/results.md, and their tables; DATA=folder with the site files they name
 # make bench     speed measurements      make clean       remove what make made, results in runs/ excepted
 #
 # PYTHON=python3.12 chooses the interpreter, PYTEST_ARGS="-k state" selects tests. The environment is built in .venv on first use.
@@ -68,17 +68,17 @@ bench: dev
 	@for script in benchmarks/aggregation.py benchmarks/round_overhead.py benchmarks/startup.py benchmarks/losses.py; do [ -e "$$script" ] || { echo "no benchmarks"; break; }; echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
 
 results: dev
-	@$(BIN)/python benchmarks/results.py fednoro --data "$(DATA)/ham10000_cls.h5" --seeds 5
-	@$(BIN)/python benchmarks/results.py feda3i --data "$(DATA)/ham10000_seg.h5" --seeds 5
-	@$(BIN)/python benchmarks/results.py fedism --data "$(DATA)/ham10000_cls.h5" --seeds 3
-	@$(BIN)/python benchmarks/results.py fedia --data "$(DATA)/ham10000_seg.h5" --seeds 3
-	@$(BIN)/python benchmarks/results.py fedia_volumes --data "$(DATA)/lgg_mri.h5" --seeds 3
-	@$(BIN)/python benchmarks/results.py fedmlp --data "$(DATA)/nih_cxr.h5" --seeds 3
-	@$(BIN)/python benchmarks/results.py long_tail --data "$(DATA)/ham10000_cls.h5" --seeds 3
-	@$(BIN)/python benchmarks/results.py passion --data "$(DATA)/lgg_mri.h5" --seeds 3
-	@$(BIN)/python benchmarks/results.py weak_acdc --data "$(DATA)/acdc_scribble.h5" --seeds 3
-	@$(BIN)/python benchmarks/results.py fedmix_skin --data "$(DATA)/ham10000_seg.h5" --seeds 3
-	@$(BIN)/python benchmarks/results.py fedmix_heart --data "$(DATA)/acdc_scribble.h5" --seeds 3
+	@$(BIN)/fedmed compare label_noise --data "$(DATA)/ham10000_cls.h5"
+	@$(BIN)/fedmed compare contour_noise --data "$(DATA)/ham10000_seg.h5"
+	@$(BIN)/fedmed compare image_quality --data "$(DATA)/ham10000_cls.h5"
+	@$(BIN)/fedmed compare dropped_annotation --data "$(DATA)/ham10000_seg.h5"
+	@$(BIN)/fedmed compare dropped_annotation_volumes --data "$(DATA)/lgg_mri.h5"
+	@$(BIN)/fedmed compare weak_labels --data "$(DATA)/acdc_scribble.h5"
+	@$(BIN)/fedmed compare mixed_labels --data "$(DATA)/ham10000_seg.h5"
+	@$(BIN)/fedmed compare missing_classes --data "$(DATA)/nih_cxr.h5"
+	@$(BIN)/fedmed compare long_tail --data "$(DATA)/ham10000_cls.h5"
+	@$(BIN)/fedmed compare missing_modalities --data "$(DATA)/lgg_mri.h5"
+	@$(BIN)/python docs/build_results.py runs/compare
 
 clean:
 	@rm -rf $(VENV) demo-report build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -134,3 +134,51 @@ def run_demo(
     for line in remarks:
         say(f"not shared: {line}")
     say(f"report: {report}")
+    page = _write_page(folder, configs, base, [sentence, *(f"Not shared: {line}." for line in remarks)], again, note)
+    if page is not None:
+        say(f"page: {page}")
+
+
+def _write_page(
+    folder: Path,
+    configs: Mapping[str, Any],
+    base: Mapping[str, Any],
+    sentences: Sequence[str],
+    command: str,
+    note: Callable[[str], None],
+) -> Path | None:
+    """Write the demo as a comparison of one setting and one seed: comparison.json and its page; None where nothing was scored.
+
+    base: summary of the first arm.
+    """
+    from fedmed.compare import write
+    from fedmed.compare.identity import config_hash
+    from fedmed.compare.plan import Cell, Plan, Setting
+
+    config, metric, judged_by = next(iter(configs.values())), base["main_metric"], base.get("judged_by")
+    if metric is None or judged_by is None:
+        return None
+    # As the verdict: the pooled test items where the runs have some, else the sites' own.
+    pooled = f"test/global/{metric}" in base["central"]["last"]
+    cells = tuple(
+        Cell(
+            "demo",
+            arm,
+            c.seed,
+            arm,
+            (),
+            c,
+            config_hash(c),
+            shlex.join(["fedmed", "run", arm, "--out", str(folder / arm)]),
+        )
+        for arm, c in configs.items()
+    )
+    plan = Plan(
+        name="demo", variant="one seed", description=" ".join(sentences), task="",
+        base=next(iter(configs)), data=config.data.path, engine=config.engine.name, out=folder,
+        metrics=(metric if pooled else f"{judged_by.split('/')[1]}:{metric}",), seed_metrics=(), last_rounds=3,
+        baseline=next(iter(configs)), findings=(), command=command, cells=cells,
+        settings=(Setting("demo", "Demo", tuple(configs), (config.seed,)),),
+    )  # fmt: skip
+    write.write_comparison(plan, write.comparison(plan, {}, {}))
+    return write.write_html(folder, note, config.data.path)

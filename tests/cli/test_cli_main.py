@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -262,6 +263,17 @@ def test_demo_compares_the_arms(engine: Any, tmp_path: Path, capsys) -> None:
     assert (folder / "report.md").is_file() and (folder / "figures" / "comparison.png").is_file()
     assert (folder / "demo_fedavg" / "report.md").is_file() and (folder / "demo_feda3i" / "summary.json").is_file()
     assert "![comparison](figures/comparison.png)" in (folder / "report.md").read_text()
+    assert text.splitlines()[-2:] == [f"report: {folder / 'report.md'}", f"page: {folder / 'report.html'}"]
+    content = json.loads((folder / "comparison.json").read_text())
+    assert (content["kind"], content["baseline"], content["seeds"]) == ("comparison", "demo_fedavg", [5])
+    assert [(c["setting"], c["folder"], c["state"]) for c in content["cells"]] == [
+        ("demo", "demo_fedavg", "done"),
+        ("demo", "demo_feda3i", "done"),
+    ]
+    assert [r["arm"] for r in content["results"] if r["best"]] == ["demo_feda3i"] and "Not shared: " in content[
+        "description"
+    ]
+    assert (folder / "report.html").read_text().startswith("<!")
     assert demo(tmp_path) == 2  # full now
 
 
