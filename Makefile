@@ -65,7 +65,7 @@ types: dev
 	@$(BIN)/mypy fedmed strategies clients data_prep
 
 bench: dev
-	@for script in benchmarks/aggregation.py benchmarks/round_overhead.py benchmarks/startup.py benchmarks/losses.py; do [ -e "$$script" ] || { echo "no benchmarks"; break; }; echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+	@for script in benchmarks/aggregation.py benchmarks/round_overhead.py benchmarks/startup.py benchmarks/losses.py benchmarks/site_reading.py benchmarks/importing.py; do [ -e "$$script" ] || { echo "no benchmarks"; break; }; echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
 
 results: dev
 	@$(BIN)/fedmed compare label_noise --data "$(DATA)/ham10000_cls.h5"

@@ -127,6 +127,7 @@ class SiteRows:
         self._compression = compression
         self._kinds: _Kinds = {}
         self._data: dict[str, h5py.Dataset] = {}
+        self._room: dict[str, int] = {}  # rows each has space for; asking HDF5 costs more than a small row
         self._small: dict[str, list[np.ndarray]] = {}
         self._items: list[str] = []
         self._groups: list[str] = []
@@ -235,13 +236,15 @@ class SiteRows:
                 name, (self._capacity, *shape), np.uint8 if dtype == np.bool_ else dtype, chunks=(1, *shape),
                 maxshape=(None, *shape), dcpl=properties, **packing,
             )  # fmt: skip
+            self._room[name] = self._capacity
         self._kinds = kinds
 
     def _store(self, name: str, array: np.ndarray, number: int) -> None:
         """Write a row as one chunk, past the filters and conversions of HDF5: the bytes are those of the type already."""
         dataset = self._data[name]
-        if number >= len(dataset):
-            dataset.resize(number + max(_GROWTH, number // 8), axis=0)
+        if number >= self._room[name]:
+            self._room[name] = number + max(_GROWTH, number // 8)
+            dataset.resize(self._room[name], axis=0)
         data: Any = np.ascontiguousarray(array, dtype=dataset.dtype)
         if self._compression:
             data = zlib.compress(data, self._compression)

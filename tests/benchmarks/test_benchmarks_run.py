@@ -19,6 +19,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
         ("round_overhead.py", ["engine = bare loop, bit for bit", "leave the model as it was"]),
         ("losses.py", ["gated CRF = unfold form"]),
         ("site_reading.py", ["= flat memory map"]),
+        ("importing.py", ["are those of the pictures"]),
     ],
 )
 def test_equality_checks_of_the_benchmarks(script: str, checks: list[str]) -> None:
