@@ -123,6 +123,9 @@ DATA_TOOLS: dict[str, str] = {
 # Applied before a run; lives in the methods layer, hence by name.
 DERIVE = "data_prep.protocol:derive"
 
+# How `fedmed predict` prepares images as the import did; lives in the methods layer, hence by name.
+PREPARE = "data_prep.importers.prepare:make_preparation"
+
 KINDS: dict[str, dict[str, str]] = {
     "strategy": STRATEGIES,
     "client": CLIENTS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -26,7 +27,7 @@ from fedmed.federation.history import Callback, Journal, start_info
 from fedmed.federation.layout import Layout
 from fedmed.federation.messages import Identity
 from fedmed.federation.rounds import RoundLoop, Scorer
-from fedmed.federation.scoring import score_subsets, score_view
+from fedmed.federation.scoring import score_subsets, score_view, write_case_files
 from fedmed.federation.site import checked, choose_device, client_class, make_addons, make_model
 from fedmed.federation.state import State
 from fedmed.federation.strategy import Strategy
@@ -131,7 +132,7 @@ def run_server(
         journal.restore(0)  # what an earlier attempt left before its first checkpoint
     # Everything fits; only from here on is anything written.
     write_text(folder.config, to_yaml(config))
-    write_json(folder.path / "model.json", _model_facts(config, facts, activation))
+    write_json(folder.path / "model.json", _model_facts(config, facts, activation, exchange, data_path))
     start_round = checkpoint.round + 1 if checkpoint else 1
     journal.tell("on_start", start_info(config, start_round, exchange.sites, main_metric(facts.task)))
     if loop is not None:
@@ -330,12 +331,32 @@ def file_facts(path: Path) -> Identity:
         )
 
 
-def _model_facts(config: Config, facts: Identity, activation: str) -> dict[str, Any]:
-    """What `fedmed.load` needs to build the model again."""
+def _model_facts(
+    config: Config, facts: Identity, activation: str, exchange: Exchange, data_path: Path | None
+) -> dict[str, Any]:
+    """What `fedmed.load` needs to build the model again, and how its images were prepared, as far as a simulation's site file says."""
     return {
         "task": facts.task, "classes": list(facts.classes), "channels": list(facts.channels), "image_size": list(facts.image_size),
         "activation": activation, "mean": config.data.mean, "std": config.data.std,
+        "annotation_kinds": {name: identity.label_kind for name, identity in exchange.roster.items()},
+        **_prepared(config, data_path),
     }  # fmt: skip
+
+
+def _prepared(config: Config, data_path: Path | None) -> dict[str, Any]:
+    """`preprocessing`: what the import wrote into the site file, None where it wrote nothing; `stored_size`: image size before data.resize."""
+    if data_path is None:
+        return {"preprocessing": None, "stored_size": None}
+    with SiteFile.open(data_path) as file:
+        text, size = file.meta.get("preprocessing"), file.image_size
+    source = Path(config.data.path).expanduser()
+    known = config.data.resize is None or source.is_file()  # else a resized phantom
+    stored = file_facts(source).image_size if config.data.resize is not None and known else size
+    try:
+        made = json.loads(text) if isinstance(text, str) else None
+    except ValueError:  # free text
+        made = None
+    return {"preprocessing": made if isinstance(made, dict) else None, "stored_size": list(stored) if known else None}
 
 
 def _whole(model: nn.Module, exchanged: State) -> State:
@@ -382,7 +403,10 @@ def _central_scorer(
             client.received = state
             hd95 = config.evaluation.hd95 and last
             # Scores by class only here: of the few items of a class that a site holds they would say too much.
-            metrics |= score_view(client, "global", hd95=hd95, condition=condition, by_class=True)[0]
+            scores, details = score_view(client, "global", hd95=hd95, condition=condition, by_class=True)
+            metrics |= scores
+            if last and not condition:  # beside the sites' own, for the report
+                write_case_files(Path(config.out) / "central", details)
             if not condition and (subsets == "every" or (subsets == "last" and last)):
                 metrics |= score_subsets(client)
         return metrics

@@ -14,6 +14,7 @@ from data_prep.importers.folders import Key, by_key, level_of, list_files, match
 from data_prep.importers.image_params import FOLDER, IMAGES, MASKS, ImagesParams
 from data_prep.importers.labels import ImageTable, Labelled, from_column, from_columns, from_folders
 from data_prep.importers.levels import default_classes, to_classes, to_scribble
+from data_prep.importers.scaling import equal_channels, grey_of
 from data_prep.importers.tables import is_absent
 from fedmed.data.formats.limits import BadFile
 from fedmed.data.formats.pictures import PICTURE_SUFFIXES, picture_size, read_levels, read_picture
@@ -185,7 +186,7 @@ class Images:
             return self._params.colour == "grey"
         for entry in spread(entries, _LOOKED_AT):
             try:
-                if not _equal_channels(read_picture(entry.files[0])):
+                if not equal_channels(read_picture(entry.files[0])):
                     return False
             except BadFile:
                 continue
@@ -195,17 +196,10 @@ class Images:
         """The picture as grey (H, W) or colour (H, W, 3), as all of them are. Raises `BadFile` for colour among grey ones."""
         if not self._grey:
             return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
-        if image.ndim == 2:
-            return image
-        if _equal_channels(image):
-            return np.ascontiguousarray(image[..., 0])
-        if self._params.colour == "auto":
+        grey = grey_of(image, mixed=self._params.colour != "auto")
+        if grey is None:
             raise BadFile("colour among grey images (colour=rgb or colour=grey takes both)")
-        return np.rint(image @ np.array([0.299, 0.587, 0.114])).astype(image.dtype)  # ITU-R BT.601
-
-
-def _equal_channels(image: np.ndarray) -> bool:
-    return image.ndim == 2 or bool((image[..., :1] == image[..., 1:]).all())
+        return grey
 
 
 def _cell(table: ImageTable | None, path: str, column: str, argument: str) -> str:

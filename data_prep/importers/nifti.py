@@ -68,6 +68,15 @@ class NiftiParams(Fit):
         if self.group is not None:
             check_pattern("group", self.group)
 
+    def scaled(self, values: np.ndarray) -> np.ndarray:
+        """Intensities of one contrast (X, Y, Z) in the type of the images, as `scale` says. Raises `BadFile`."""
+        if self.scale == "none":
+            return as_they_are(values, self.dtype)
+        if self.window is not None:
+            centre, width = self.window
+            return scaled(values, centre - width / 2, centre + width / 2, self.dtype)
+        return scaled(values, *percentiles(values, self.percentiles), self.dtype)
+
 
 class NiftiVolumes:
     """Volumes of a folder; one entry per case, one row per slice."""
@@ -120,7 +129,7 @@ class NiftiVolumes:
         for other in (*volumes[1:], stored_mask):
             self._check_same(volumes[0], other)
         mask = self._mask(stored_mask.volume())
-        image = np.stack([self._scaled(plane) for volume in volumes for plane in _contrasts(volume.volume())], axis=-1)
+        image = np.stack([params.scaled(plane) for volume in volumes for plane in _contrasts(volume.volume())], axis=-1)
         spacing = fitted_spacing(self._plane(volumes[0].spacing), self._plane(image.shape), self._size, params.fit)
         rows = []
         for number in range(image.shape[params.axis]):
@@ -199,15 +208,6 @@ class NiftiVolumes:
         if levels.max(initial=0) >= len(self._params.classes):
             raise BadFile("mask with values that are no class (mask_values= maps them)")
         return levels.astype(np.uint8)
-
-    def _scaled(self, values: np.ndarray) -> np.ndarray:
-        params = self._params
-        if params.scale == "none":
-            return as_they_are(values, params.dtype)
-        if params.window is not None:
-            centre, width = params.window
-            return scaled(values, centre - width / 2, centre + width / 2, params.dtype)
-        return scaled(values, *percentiles(values, params.percentiles), params.dtype)
 
 
 def _contrasts(volume: np.ndarray) -> list[np.ndarray]:

@@ -18,7 +18,7 @@ from data_prep.importers.nifti import NiftiParams
 from data_prep.importers.presets import _pixels
 from data_prep.importers.presets.brats import NAMES, BratsParams
 from data_prep.importers.presets.brats import scale as scale_inside
-from data_prep.importers.scaling import as_they_are, percentiles, scaled
+from data_prep.importers.scaling import as_they_are, grey_of, scaled
 from data_prep.resize import resize_images
 from fedmed.data.formats.dicom import Series
 from fedmed.data.formats.limits import BadFile
@@ -26,7 +26,6 @@ from fedmed.data.formats.nifti import Nifti
 from fedmed.data.formats.pictures import read_picture
 
 Size = tuple[int, int]
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 @dataclass(frozen=True)
@@ -158,13 +157,7 @@ class Preparation:
         """Intensities of one contrast (X, Y, Z), as the importer scales them."""
         if self.brats_params is not None:
             return scale_inside(values, self.brats_params.low, self.brats_params.high)
-        params = self.nifti_params
-        if params.scale == "none":
-            return as_they_are(values, params.dtype)
-        if params.window is not None:
-            centre, width = params.window
-            return scaled(values, centre - width / 2, centre + width / 2, params.dtype)
-        return scaled(values, *percentiles(values, params.percentiles), params.dtype)
+        return self.nifti_params.scaled(values)
 
     def _in_colour(self, image: np.ndarray) -> np.ndarray:
         """A picture with the channels of the model: grey is repeated, equal colours become grey. Raises `BadFile` for anything else."""
@@ -172,13 +165,10 @@ class Preparation:
             raise BadFile(f"a single picture, the model reads {self.channels} channels")
         if self.channels == 3:
             return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
-        if image.ndim == 2:
-            return image
-        if (image[..., :1] == image[..., 1:]).all():
-            return np.ascontiguousarray(image[..., 0])
-        if self.colour == "grey":
-            return np.rint(image @ np.array(LUMA)).astype(image.dtype)
-        raise BadFile("in colour, the model reads grey images")
+        grey = grey_of(image, mixed=self.colour == "grey")
+        if grey is None:
+            raise BadFile("in colour, the model reads grey images")
+        return grey
 
 
 def _flat(plane: np.ndarray) -> np.ndarray:

@@ -15,7 +15,8 @@ from fedmed.config import params_from
 from fedmed.errors import UserError
 
 COLOUR_FORMATS = ("ham10000", "isic", "chase", "lgg")
-KINDS = {"nifti": "volume", "brats": "volume", "dicom": "series"}  # formats of volumes; the others are of pictures
+PICTURE_FORMATS = ("images", "medmnist", "chestxray14", *COLOUR_FORMATS)
+KINDS = {"nifti": "volume", "brats": "volume", "dicom": "series", **dict.fromkeys(PICTURE_FORMATS, "picture")}
 
 
 def make_preparation(
@@ -57,7 +58,7 @@ def make_preparation(
         nifti_params=nifti,
         dicom_params=dicom,
         brats_params=brats,
-        made_of=KINDS.get(format, "picture") if format else "",
+        made_of=KINDS.get(format, ""),
     )
 
 

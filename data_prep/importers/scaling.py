@@ -9,6 +9,7 @@ import numpy as np
 from fedmed.data.formats.limits import BadFile
 
 TYPES = ("uint8", "uint16", "float16")
+LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue
 _SAMPLED = 4_000_000  # values that percentiles are taken of
 
 
@@ -50,6 +51,20 @@ def percentiles(values: np.ndarray, shares: Sequence[float]) -> tuple[float, flo
         return 0.0, 0.0
     low, high = np.percentile(flat, shares)
     return float(low), float(high)
+
+
+def equal_channels(image: np.ndarray) -> bool:
+    """Whether a picture (H, W) or (H, W, C) is grey, stored as it may be."""
+    return image.ndim == 2 or bool((image[..., :1] == image[..., 1:]).all())
+
+
+def grey_of(image: np.ndarray, mixed: bool) -> np.ndarray | None:
+    """A picture (H, W) or (H, W, 3) as (H, W) of the same type; of real colours their luma (ITU-R BT.601) if `mixed`, else None."""
+    if image.ndim == 2:
+        return image
+    if equal_channels(image):
+        return np.ascontiguousarray(image[..., 0])
+    return np.rint(image @ np.array(LUMA)).astype(image.dtype) if mixed else None
 
 
 def check_window(window: Sequence[float] | None) -> None:

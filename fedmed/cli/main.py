@@ -10,7 +10,7 @@ import click
 import typer
 
 from fedmed import __version__
-from fedmed.cli import coordinator, site
+from fedmed.cli import compare, coordinator, data, predict, report, site
 from fedmed.errors import FedMedError, UserError
 
 app = typer.Typer(
@@ -23,7 +23,11 @@ app = typer.Typer(
 )
 
 app.add_typer(coordinator.app)
+app.add_typer(data.app)
 app.add_typer(site.app)
+app.command("compare")(compare.compare_command)
+app.command("predict")(predict.predict_command)
+app.command("report")(report.report_command)
 
 Out = Annotated[str | None, typer.Option("--out", metavar="DIR", help="Folder for the results; must be empty or new.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error and detailed logs.")]
@@ -106,7 +110,7 @@ def list_command(
         str | None,
         typer.Argument(
             metavar="[KIND]",
-            help="experiments, strategies, clients, addons, models, losses, partitions, corruptions; default: all.",
+            help="experiments, comparisons, strategies, clients, addons, models, losses, partitions, corruptions, importers; default: all.",
             show_default=False,
         ),
     ] = None,

@@ -27,14 +27,14 @@ _MAX_PLANES = 4
 
 
 @dataclass(frozen=True)
-class _Tile:
+class Tile:
     """One picture of the sheet: pixels (tile, tile, 3) uint8 and a caption."""
 
     pixels: np.ndarray
     caption: str
 
 
-_Item = list[_Tile]  # an image in all its pictures
+_Item = list[Tile]  # an image in all its pictures
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def contact_sheet(
             legend |= {name: class_colour(index) for index, name in enumerate(sites.classes)}
             if not any(tile.caption in _WEAK for _, items in blocks for item in items for tile in item):
                 legend.pop(sites.classes[0], None)  # outlines leave background alone
-    return _save(_compose(blocks, legend, tile), Path(out_png))
+    return save(compose(blocks, legend, tile), Path(out_png))
 
 
 def _site_items(source: _Source, info: SiteInfo, per_site: int, rng: np.random.Generator) -> list[_Item]:
@@ -102,7 +102,7 @@ def _tiles(source: _Source, node: h5py.Group, row: int, split: str) -> _Item:
     if source.task == "segmentation":
         pictures += _annotated(source, node, row, base, split == "train")
     return [
-        _Tile(pixels, ": ".join(filter(None, [split if not place else "", caption])))
+        Tile(pixels, ": ".join(filter(None, [split if not place else "", caption])))
         for place, (pixels, caption) in enumerate(pictures)
     ]
 
@@ -147,7 +147,7 @@ def _ignore(source: _Source, node: h5py.Group, name: str) -> int:
     return len(source.classes)
 
 
-def _compose(blocks: Sequence[tuple[str, list[_Item]]], legend: dict[str, Colour], tile: int) -> Image.Image:
+def compose(blocks: Sequence[tuple[str, list[_Item]]], legend: dict[str, Colour], tile: int) -> Image.Image:
     """Put tiles, titles, captions and the legend on one white sheet; the images of a site fill lines of equal length."""
     from PIL import Image, ImageDraw, ImageFont
 
@@ -188,7 +188,7 @@ def _cut(text: str, width: int, pen: Any, font: Any) -> str:
     return text
 
 
-def _save(sheet: Image.Image, out: Path) -> Path:
+def save(sheet: Image.Image, out: Path) -> Path:
     """Write the sheet as a PNG with all of its colours (a palette would invent edges in smooth images), atomically."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")

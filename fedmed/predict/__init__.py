@@ -1,0 +1,1 @@
+"""A trained run applied to pictures, volumes and site files (`fedmed predict`)."""
