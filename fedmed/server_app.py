@@ -7,7 +7,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,16 @@ from fedmed.config import Config, config_hash, from_run_config, nearest, params_
 from fedmed.data.augment import Augment
 from fedmed.data.site_file import SiteFile, read_truth
 from fedmed.errors import UserError
+from fedmed.federation.central import central_scorer
 from fedmed.federation.checkpoint import Checkpoint, CheckpointStore, write_safetensors
-from fedmed.federation.client import Client, Env, Moment, declared_leaves
+from fedmed.federation.client import Client, declared_leaves
 from fedmed.federation.exchange import Exchange
 from fedmed.federation.foreign import flower_strategy, run_flower_strategy
 from fedmed.federation.history import Callback, Journal, start_info
 from fedmed.federation.layout import Layout
 from fedmed.federation.messages import Identity
-from fedmed.federation.rounds import RoundLoop, Scorer
-from fedmed.federation.scoring import score_subsets, score_view, write_case_files
-from fedmed.federation.site import checked, choose_device, client_class, make_addons, make_model
+from fedmed.federation.rounds import RoundLoop
+from fedmed.federation.site import checked, client_class, make_addons, make_model
 from fedmed.federation.state import State
 from fedmed.federation.strategy import Strategy
 from fedmed.files import json_ready, write_json, write_text
@@ -109,7 +108,7 @@ def run_server(
     model, activation = make_model(config, facts.task, len(facts.classes), len(facts.channels), facts.image_size)
     layout = Layout.of(model, cls.is_personal)
     journal = Journal(folder.history, callbacks)
-    central = _central_scorer(config, data_path, model, layout, activation, cls)
+    central = central_scorer(config, data_path, model, layout, activation, cls)
     check_selection(config, facts.task, central is not None)
     local = local_scores(config, facts.task, cls, exchange.known)
     initial = layout.exchanged_state(model)
@@ -362,53 +361,3 @@ def _prepared(config: Config, data_path: Path | None) -> dict[str, Any]:
 def _whole(model: nn.Module, exchanged: State) -> State:
     """The complete state of the model: exchanged entries, and the run seed's values of the others."""
     return {**model.state_dict(), **exchanged}
-
-
-def _central_scorer(
-    config: Config, data_path: Path | None, model: nn.Module, layout: Layout, activation: str, cls: type[Client]
-) -> Scorer | None:
-    """A function that scores the global view on items the coordinator holds, or None if there are none.
-
-    Beside the clean items of a derived file come its conditions (groups `central_<condition>`), loaded once like these.
-    """
-    choice = config.evaluation.central
-    if choice == "none" or "global" not in cls.views:
-        return None
-    path, group = (data_path, "central") if choice == "auto" else (Path(choice), None)
-    if path is None:
-        return None
-    cfg = config.data
-    read = partial(
-        SiteFile.site, annotation=cfg.annotation, mean=cfg.mean, std=cfg.std, allow_empty_train=True, load=cfg.load
-    )
-    with SiteFile.open(path) as file:
-        if group is not None and not file.central:
-            return None
-        data = {"": read(file, group or file.sites[0].name)}
-        if group is not None:
-            data |= {name: read(file, f"{group}_{name}") for name in file.conditions}
-    device = choose_device(config.engine.device)
-    clean = data[""]
-    # One network for all conditions; each score loads the state anew.
-    scored_model, _ = make_model(config, clean.task, len(clean.classes), len(clean.channels), clean.image_size)
-    scored_model.to(device)
-    subsets = config.evaluation.modality_subsets
-    places = {name: Env(config, d, scored_model, layout, device, activation, "central") for name, d in data.items()}
-
-    def scorer(state: State, last: bool) -> dict[str, float]:
-        """Score one global state, on the clean items first (and on every subset of their modalities)."""
-        metrics: dict[str, float] = {}
-        for condition, env in places.items():
-            client = cls(env, Moment(), {})
-            client.received = state
-            hd95 = config.evaluation.hd95 and last
-            # Scores by class only here: of the few items of a class that a site holds they would say too much.
-            scores, details = score_view(client, "global", hd95=hd95, condition=condition, by_class=True)
-            metrics |= scores
-            if last and not condition:  # beside the sites' own, for the report
-                write_case_files(Path(config.out) / "central", details)
-            if not condition and (subsets == "every" or (subsets == "last" and last)):
-                metrics |= score_subsets(client)
-        return metrics
-
-    return scorer

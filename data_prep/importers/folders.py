@@ -37,12 +37,20 @@ def list_files(source: Path) -> list[str]:
                         continue
                     if entry.is_dir(follow_symlinks=False):
                         folders.append((f"{below}{entry.name}/", entry.path))
-                    elif entry.is_file():
+                    elif _leads_to_file(entry):
                         found.append(f"{below}{entry.name}")
         except OSError as error:
             where = f"the folder {source}" if not below else f"a folder below {source}"
             raise UserError(f"cannot read {where}: {error.strerror}") from error
     return sorted(found)
+
+
+def _leads_to_file(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a regular file or a link to one; a link that leads round in circles is none, and no reason to stop."""
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
 
 
 def stem(name: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fedmed.federation.central
 import fedmed.server_app
 from fedmed.data.phantom import make_phantom
 from fedmed.data.site_file import SiteFile
@@ -95,7 +96,8 @@ def test_one_network_and_every_group_read_once(lab: Any, tmp_path: Path, monkeyp
     built: list[str] = []
     read: list[str] = []
     make_model, site = fedmed.server_app.make_model, SiteFile.site
-    monkeypatch.setattr(fedmed.server_app, "make_model", lambda *a, **k: built.append("") or make_model(*a, **k))
+    for module in (fedmed.server_app, fedmed.federation.central):
+        monkeypatch.setattr(module, "make_model", lambda *a, **k: built.append("") or make_model(*a, **k))
     monkeypatch.setattr(SiteFile, "site", lambda self, name, *a, **k: read.append(name) or site(self, name, *a, **k))
     lab.run(**{"data.path": str(path), "data.phantom": {}, "evaluation.central": "auto", "evaluation.sites": False})
     assert len(built) == 2  # the exchanged model, and the one that is scored
