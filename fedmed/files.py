@@ -91,6 +91,8 @@ def read_history(path: Path) -> list[Record]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; is {path.parent} a run folder?") from error
+    except ValueError as error:  # no UTF-8
+        raise UserError(f"{path} is not a text file ({error})") from error
     records: list[Record] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -134,7 +134,11 @@ def run_demo(
     for line in remarks:
         say(f"not shared: {line}")
     say(f"report: {report}")
-    page = _write_page(folder, configs, base, [sentence, *(f"Not shared: {line}." for line in remarks)], again, note)
+    commands = {
+        Path(n).stem: shlex.join(["fedmed", "run", n, *overrides, "--out", str(folder / Path(n).stem)]) for n in names
+    }
+    sentences = [sentence, *(f"Not shared: {line}." for line in remarks)]
+    page = _write_page(folder, configs, base, sentences, again, commands, note)
     if page is not None:
         say(f"page: {page}")
 
@@ -145,11 +149,12 @@ def _write_page(
     base: Mapping[str, Any],
     sentences: Sequence[str],
     command: str,
+    commands: Mapping[str, str],
     note: Callable[[str], None],
 ) -> Path | None:
     """Write the demo as a comparison of one setting and one seed: comparison.json and its page; None where nothing was scored.
 
-    base: summary of the first arm.
+    base: summary of the first arm. command, commands: what repeats the demo, and each of its arms alone.
     """
     from fedmed.compare import write
     from fedmed.compare.identity import config_hash
@@ -169,7 +174,7 @@ def _write_page(
             (),
             c,
             config_hash(c),
-            shlex.join(["fedmed", "run", arm, "--out", str(folder / arm)]),
+            commands[arm],
         )
         for arm, c in configs.items()
     )

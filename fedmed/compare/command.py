@@ -10,6 +10,7 @@ from fedmed.compare import write
 from fedmed.compare.plan import DEPLOYMENT, Cell, Key, Plan
 from fedmed.compare.run import BEGUN, DONE, NEW, Outcome, Start, alone, default_jobs, notes, run_cells, states
 from fedmed.compare.show import watcher
+from fedmed.config import nearest
 from fedmed.errors import FedMedError, UserError
 
 _TASK_OF_PHANTOM = {"multimodal": "segmentation"}  # the other kinds are named like their task
@@ -89,7 +90,11 @@ def check_data(plan: Plan) -> None:
         return
     wanted = plan.task.split()[0] if plan.task else ""
     if plan.data.startswith("phantom:"):
+        from fedmed.data.phantom import PHANTOM_KINDS
+
         kind = plan.data.removeprefix("phantom:")
+        if kind not in PHANTOM_KINDS:
+            raise UserError(f"no phantom {kind!r}{nearest(kind, PHANTOM_KINDS)}")
         task = _TASK_OF_PHANTOM.get(kind, kind)
     else:
         from fedmed.data.site_file import SiteFile

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from fedmed.compare.findings import columns_of
 from fedmed.compare.identity import config_hash
 from fedmed.compare.plan import DEPLOYMENT, Cell, Plan, Setting, folder_of
-from fedmed.compare.spec import Comparison, apply_variant, find_comparison, read_comparison
-from fedmed.config import Config, find_experiment, load_config, parse_overrides
+from fedmed.compare.spec import FOLDER_NAME, Comparison, apply_variant, find_comparison, read_comparison
+from fedmed.compare.values import split_metric
+from fedmed.config import Config, find_experiment, load_config, nearest, parse_overrides
 from fedmed.errors import UserError
 
 _BY_OPTION = {"data.path": "--data FILE", "seed": "--seeds N", "out": "--out DIR"}
@@ -36,6 +38,10 @@ def make_plan(name: str, options: Options, command: str = "") -> Plan:
     path = find_comparison(name)
     variant, comparison = apply_variant(read_comparison(path), options.variant)
     _check_words(options.words)
+    try:
+        _check_file(comparison)
+    except UserError as error:
+        raise UserError(f"{path.name}: {error}") from error
     data = options.data or comparison.data
     if not data and options.engine != DEPLOYMENT:
         raise UserError(f"{path.name} names no data of its own; say which site file to use: --data FILE")
@@ -62,6 +68,24 @@ def _check_words(words: Sequence[str]) -> None:
         key = word.partition("=")[0].strip()
         if key in _BY_OPTION:
             raise UserError(f"{word}: a comparison sets {key} itself; use {_BY_OPTION[key]}")
+
+
+def _check_file(comparison: Comparison) -> None:
+    """Refuse what would show only after hours: names of no metric or finding, and keys that the command sets. Raises `UserError`."""
+    columns_of(comparison.findings)
+    for key, metrics in (("metrics", comparison.metrics), ("seed_metrics", comparison.seed_metrics or [])):
+        for metric in metrics:
+            split_metric(metric)
+            if metrics.count(metric) > 1:
+                raise UserError(f"{key}: {metric!r} is named twice")
+            if metric not in comparison.metrics:
+                raise UserError(f"{key}: {metric!r} is not among metrics{nearest(metric, comparison.metrics)}")
+    lists = [comparison.overrides, *comparison.arms.values(), *comparison.levels.values.values()]
+    for word in (w for words in [*lists, *(s.overrides for s in comparison.settings.values())] for w in words):
+        if word.partition("=")[0].strip() in _BY_OPTION:
+            raise UserError(
+                f"{word}: a comparison sets this key itself and the line would be without effect; take it out"
+            )
 
 
 def _base(name: str, near: Path) -> str:
@@ -98,6 +122,10 @@ def _settings(comparison: Comparison, seeds: int | None) -> list[Setting]:
         for suffix, words in _suffixes(comparison):
             against = f"{spec.against}{suffix}" if borrows else None
             title = f"{spec.title or key}{words}"
+            if not FOLDER_NAME.fullmatch(f"{key}{suffix}"):
+                raise UserError(
+                    f"levels: {key + suffix!r} cannot name a folder; use letters, digits, '_', '-', '.' and '+'"
+                )
             found.append(Setting(f"{key}{suffix}", title, shown, tuple(range(number)), against))
     names = [setting.name for setting in found]
     double = next((name for name in names if names.count(name) > 1), None)

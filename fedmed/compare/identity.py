@@ -28,8 +28,8 @@ def result_tree(config: Config) -> dict[str, Any]:
     """The part of a configuration that results depend on, as nested plain dicts.
 
     Left out: name, description, out, tracking; of `engine` all but the precision (and that sites are real ones); of `data` the
-    cache; deadlines and checkpoints of `federation`. Of files only the name counts, so that a folder may be moved. Over real
-    sites what `data` says of files is left out too.
+    cache, and the phantom's arguments where a file is named; deadlines and checkpoints of `federation`. Of files only the name
+    counts, so that a folder may be moved. Over real sites what `data` says of files is left out too.
     """
     tree = to_tree(config)
     for key in ("name", "description", "out", "tracking"):
@@ -47,6 +47,7 @@ def result_tree(config: Config) -> dict[str, Any]:
         evaluation["central"] = "none" if evaluation["central"] == "auto" else evaluation["central"]
     elif data["path"] and not data["path"].startswith("phantom:"):
         data["path"] = Path(data["path"]).name
+        data.pop("phantom")  # the generator has no part in it
     for key in ("central", "local_only"):
         evaluation[key] = None if evaluation[key] is None else Path(evaluation[key]).name
     return tree

@@ -13,7 +13,7 @@ from fedmed.config import build, experiment_dirs, nearest
 from fedmed.errors import UserError
 
 ONLY_VARIANT = "full"  # name of the variant of a file that declares none
-_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")  # settings and arms become folders
+FOLDER_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")  # settings and arms become folders
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def _check(comparison: Comparison) -> None:
             raise UserError(f"{key} is missing or empty")
     for kind in ("arms", "settings"):
         for name in getattr(comparison, kind):
-            if not _NAME.fullmatch(name):
+            if not FOLDER_NAME.fullmatch(name):
                 raise UserError(f"{kind}: {name!r} cannot name a folder; use letters, digits, '_', '-', '.' and '+'")
     _at_least_one("last_rounds", comparison.last_rounds)
     _at_least_one("seeds", comparison.seeds)

@@ -75,7 +75,11 @@ def heading(metric: str) -> str:
 def arm_table(comparison: Comparison, setting: str, mark: Mark, best: str) -> Table:
     """Arms by metrics, "mean ± sd"; `mark` sets off the best and the tied, `best` says how the best looks."""
     arms, metrics = of_setting(comparison, setting), comparison["metrics"]
-    rows = [[arm, *(mark(spread(r[m]), r[m]["best"], r[m]["tied"]) for m in metrics)] for arm, r in arms.items()]
+    alone = len(arms) < 2  # nobody to be better than
+    rows = [
+        [arm, *(mark(spread(r[m]), r[m]["best"] and not alone, r[m]["tied"]) for m in metrics)]
+        for arm, r in arms.items()
+    ]
     several = any(result["sd"] is not None for found in arms.values() for result in found.values())
     words = ["mean ± standard deviation over seeds"] if several else []
     words += [f"{best}: best mean"] if len(arms) > 1 else []

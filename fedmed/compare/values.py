@@ -14,10 +14,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from fedmed.config import nearest
+from fedmed.config import load_config, nearest
 from fedmed.errors import UserError
 from fedmed.files import read_history, read_json
 from fedmed.report.fairness import over_conditions
+from fedmed.report.personal import personal_view
 from fedmed.report.run_folder import RunFolder
 from fedmed.report.values import Record, curve, mean, number, of_phase, tail
 from fedmed.schema import lower_is_better
@@ -161,7 +162,6 @@ def rare_recall(folder: Path, count: str, last: int) -> float:
 
     NaN over real sites, whose counts stay with them.
     """
-    from fedmed.config import load_config
     from fedmed.data.site_file import SiteFile
     from fedmed.engines.prepare import site_file
 
@@ -187,12 +187,14 @@ def specialisation(folder: Path, name: str, last: int) -> float:
 
 
 def own_scores(folder: Path, name: str, last: int) -> dict[str, float]:
-    """Scores of which S is the mean."""
+    """Scores of which S is the mean. The summary pairs only metrics of which more is better; the records have all of them."""
     found = _summary(folder)
     pairs = found.get("personal") or {}
     if name in pairs:
         return {site: number(views.get("personal")) for site, views in pairs[name].get("sites", {}).items()}
-    return {site: number(scores[name]) for site, scores in found.get("sites", {}).items() if name in scores}
+    mode = load_config(RunFolder(folder).config).evaluation.mode if pairs else ""
+    own = personal_view(history(folder), name, mode) if pairs else {}
+    return own or {site: number(scores[name]) for site, scores in found.get("sites", {}).items() if name in scores}
 
 
 def global_scores(folder: Path, name: str, last: int) -> dict[str, float]:

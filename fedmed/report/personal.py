@@ -84,6 +84,12 @@ def _by_site(scores: Scores, key: str) -> dict[str, float]:
     return {site: number(metrics[key]) for site, metrics in sorted(scores.items()) if key in metrics}
 
 
+def personal_view(history: Sequence[Record], metric: str, mode: str = "separate") -> dict[str, float]:
+    """Score of each site in the personal view as S takes it, for any metric; {} where there is no such view."""
+    received, after = site_scores(history, mode)
+    return _by_site(after, _PERSONAL + metric) or _by_site(received, _PERSONAL + metric)
+
+
 def read_local(folder: Path, metric: str, sites: Iterable[str]) -> LocalScores:
     """Read what the sites of a finished local-only run reached, for `personal`: their last scores.
 

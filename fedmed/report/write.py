@@ -7,6 +7,8 @@ figures are left out.
 from __future__ import annotations
 
 import re
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,9 @@ from fedmed.errors import UserError
 from fedmed.files import Record, read_history, read_json, write_json, write_text
 from fedmed.report import figures, tables
 from fedmed.report.run_folder import RunFolder, collect_cases
+
+# What `numpy.load` and the arrays of an npz raise for a file that is cut off or is something else.
+UNREADABLE = (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
 def read_overlay(path: Path) -> dict[str, Any]:
@@ -29,7 +34,7 @@ def read_overlay(path: Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as stored:
             cases = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: not a readable npz file ({error})") from error
     missing = [name for name in ("image", "reference", "prediction") if name not in cases]
     if missing:

@@ -68,6 +68,12 @@ def test_exit_codes_of_the_check(phantom: Path, tmp_path: Path, capsys: pytest.C
     assert json.loads((tmp_path / "f.json").read_text())["errors"] == 1
     assert cli.main(["data", "check", str(tmp_path / "absent.h5")]) == 2
     assert cli.main(["data", "check", str(phantom), "--json", str(phantom)]) == 2
+    capsys.readouterr()
+    below = tmp_path / "f.json" / "below"  # a file where a folder would have to be
+    assert cli.main(["data", "check", str(phantom), "--json", str(below), "--quiet"]) == 2
+    assert "cannot write the findings file" in capsys.readouterr().err
+    assert cli.main(["data", "show", str(phantom), str(below.with_suffix(".png"))]) == 2
+    assert "cannot write" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

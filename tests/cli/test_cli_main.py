@@ -282,3 +282,13 @@ def test_demo_with_other_arms(engine: Any, experiment: Path, tmp_path: Path, cap
     text = capsys.readouterr().out
     assert "differ in federation.rounds" in text  # said aloud: this comparison is not fair
     assert [call[0].name for call in engine.calls] == ["small", "demo_fedavg"]
+
+
+def test_demo_keeps_the_whole_command_of_an_arm(engine: Any, experiment: Path, tmp_path: Path) -> None:
+    assert demo(tmp_path, "federation.rounds=2", "--arm", str(experiment), "--arm", "demo_fedavg") == 0
+    folder = tmp_path / "demo"
+    commands = [cell["command"] for cell in json.loads((folder / "comparison.json").read_text())["cells"]]
+    assert commands == [
+        f"fedmed run {name} federation.rounds=2 --out {folder / arm}"
+        for name, arm in ((experiment, experiment.stem), ("demo_fedavg", "demo_fedavg"))
+    ]

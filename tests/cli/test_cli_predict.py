@@ -106,3 +106,21 @@ def test_help_is_light() -> None:
     code = "import sys; from fedmed.cli import predict; print([m for m in ('torch', 'flwr', 'monai', 'h5py', 'numpy') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_inputs_are_not_overwritten(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a/x.png", "a/x_mask.png", "b/x.png", "b/out/old.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((32, 32), 9, np.uint8)).save(tmp_path / name)
+    before = (tmp_path / "a/x_mask.png").read_bytes()
+    words = ["predict", str(trained), str(tmp_path / "a"), str(tmp_path / "b"), "--force", "--out"]
+    assert cli.main([*words, str(tmp_path)]) == 2  # masks of a/x.png would become a/x_mask.png
+    assert "is the folder of an input" in capsys.readouterr().err
+    assert (tmp_path / "a/x_mask.png").read_bytes() == before
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert cli.main([*words, str(loop)]) == 2
+    assert "cannot write to" in capsys.readouterr().err
+    assert cli.main([*words, str(tmp_path / "b" / "out")]) == 0
+    shown = capsys.readouterr()
+    assert "what was in it before is left out" in shown.err and "3 pictures" in shown.out

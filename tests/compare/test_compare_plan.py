@@ -54,6 +54,29 @@ def test_runs_in_order_with_their_commands(plan_of: Make, tmp_path: Path) -> Non
     assert (plan.baseline, plan.variant, plan.metrics, plan.engine) == ("plain", "small", ("bacc", "auc"), "local")
 
 
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"metrics": ["Q:bacc"]}, "'Q:bacc' begins with 'Q'"),
+        ({"metrics": ["rare:x"]}, "needs a number of classes"),
+        ({"metrics": ["bacc", "bacc"]}, "'bacc' is named twice"),
+        ({"seed_metrics": ["acc"]}, "seed_metrics: 'acc' is not among metrics; did you mean 'bacc'"),
+        ({"findings": ["nosy"]}, "no finding is called 'nosy'; did you mean 'noisy'"),
+        (
+            {"arms": {"plain": ["seed=7"]}, "settings": {"easy": {}}, "variants": {}},
+            "seed=7: a comparison sets this key",
+        ),
+        ({"levels": {"values": {"a/b": []}}}, "'easy-a/b' cannot name a folder"),
+    ],
+)
+def test_what_would_show_only_after_the_runs_is_refused_before(
+    plan_of: Make, file: Path, keys: dict[str, Any], said: str
+) -> None:
+    change(file, **keys)
+    with pytest.raises(UserError, match=re.escape(said)):
+        plan_of()
+
+
 def test_a_borrowed_baseline(plan_of: Make, tmp_path: Path) -> None:
     plan = plan_of()
     easy, told = plan.settings
@@ -174,6 +197,10 @@ def test_hash_of_what_a_run_stores(plan_of: Make, tmp_path: Path) -> None:
         config, out="there", data=dataclasses.replace(config.data, path="x.h5", cache_dir=str(tmp_path))
     )
     assert config_hash(with_absolute_paths(file)) == config_hash(file) != config_hash(config)
+    larger = dataclasses.replace(file, data=dataclasses.replace(file.data, phantom={"image_size": 128}))
+    assert config_hash(larger) == config_hash(file)  # no phantom is made
+    made = dataclasses.replace(larger, data=dataclasses.replace(larger.data, path="phantom:classification"))
+    assert config_hash(made) != config_hash(config)
 
 
 def test_what_the_hash_leaves_out() -> None:
@@ -245,6 +272,9 @@ def test_every_comparison_of_the_project(name: str) -> None:
             addons = {n: resolve("add-on", n) for n in cell.config.client.addons}
             leaves = {leaf.name for leaf in declared_leaves(client, addons)}
             assert not [n for n in strategy.requires if n not in leaves], cell.label
+        for cell in make_plan(name, Options(variant=variant, seeds=1, data=known.data)).cells if known.data else ():
+            data = cell.config.data  # images are only made smaller, so a phantom must be large enough
+            assert (data.resize or 1) <= data.phantom.get("image_size", 64), (variant, cell.label)
 
 
 def test_the_example_of_the_documentation(tmp_path: Path) -> None:

@@ -196,6 +196,7 @@ def test_an_arm_alone_has_no_difference_to_explain() -> None:
     }  # fmt: skip
     shown = markdown(comparison)
     assert shown.count("| arm |") == 1 and "Differences are" not in shown and "best mean" not in shown
+    assert "**" not in shown and r"\textbf" not in latex(comparison)  # best of whom?
     assert shown.endswith("Made by `fedmed compare noise`: 2 runs; data skin_1.h5; engine local.\n")
 
 

@@ -100,6 +100,24 @@ def test_generalisation_specialisation_and_subsets(tmp_path: Path) -> None:
     assert math.isnan(value_of(bare, "subsets:worst", 1)) and math.isnan(value_of(bare, "S:bacc", 1))
 
 
+@pytest.mark.parametrize(("mode", "expected"), [("separate", {"a": 0.25, "b": 0.75}), ("after", {"a": 0.5, "b": 0.0})])
+def test_specialisation_of_a_metric_that_the_summary_does_not_pair(
+    tmp_path: Path, mode: str, expected: dict[str, float]
+) -> None:
+    """Small missed fractions are good, so `personal` of a summary lacks them: the records have the view all the same."""
+    key = "missed_fraction"
+    trained = [{"phase": "train", "round": 1, "site": site, "metrics": {}} for site in "ab"]
+    records = [*trained, *at_sites("personal", key, (0.5, 0.0)), *at_sites("personal", key, (0.25, 0.75))]
+    summary = {"sites": {"a": {key: 1.0}, "b": {key: 1.0}}, "personal": {"dice": {"G": 0.5, "S": 0.5}}}
+    folder = write_run(tmp_path / "a", records, **summary)
+    (folder / "config.yaml").write_text(f"evaluation: {{mode: {mode}}}\n")
+    assert site_values(folder, f"S:{key}", 1) == expected
+    assert value_of(folder, f"S:{key}", 1) == sum(expected.values()) / 2
+    assert value_of(folder, "S:both_empty", 1) != value_of(folder, "S:both_empty", 1)  # in neither
+    plain = write_run(tmp_path / "b", records, sites=summary["sites"])  # no personal models: those of the global one
+    assert value_of(plain, f"S:{key}", 1) == 1.0
+
+
 def test_a_run_that_has_not_finished_has_no_number(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", central({"test/global/bacc": 0.5}))
     (folder / "summary.json").unlink()

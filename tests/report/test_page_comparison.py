@@ -170,6 +170,25 @@ def test_undefined_numbers(tmp_path: Path) -> None:
     assert "mine -: not compared." in page.text and "nan" not in page.text.lower().split()
 
 
+def test_how_many_seeds_are_behind_a_mean(tmp_path: Path) -> None:
+    content = by_hand.make_comparison(tmp_path / "c", runs=False)
+    first = content["results"][0]
+    first.update(mean=0.5, sd=None, values={"0": 0.5, "1": None})
+    gap = next(r["difference"] for r in content["results"] if r["difference"])
+    gap.update(mean=0.125, seeds=2, missing=3)
+    (tmp_path / "c" / "comparison.json").write_text(json.dumps(content))
+    text = by_hand.Page(write_page(tmp_path / "c").read_text()).text
+    assert text.count("(1 of 2)") == 1 and "0.500 (1 of 2)" in text and "+0.125 (2 of 5)" in text
+
+
+def test_a_broken_summary_costs_its_run_only(tmp_path: Path) -> None:
+    content = by_hand.make_comparison(tmp_path / "c")
+    done = next(cell for cell in content["cells"] if cell["state"] == "done")
+    for broken in ("[]", "{"):
+        (tmp_path / "c" / done["folder"] / "summary.json").write_text(broken)
+        assert "Runs and commands" in write_page(tmp_path / "c").read_text()
+
+
 # ---------------------------------------------------------------------- words and numbers
 
 

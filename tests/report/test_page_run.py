@@ -363,6 +363,23 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.html"))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("history.jsonl", b"\x89\x00 no text\n", "is not a text file"),
+        ("summary.json", b"[]", "holds no keys and values"),
+        ("model.json", b"[]", "holds no keys and values"),
+        ("comparison.json", b"[1]", "is no comparison"),
+        ("comparison.json", b"{}", "is no comparison"),
+    ],
+)
+def test_broken_files_are_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    folder = by_hand.make_run(tmp_path / "run")
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} {said}"):
+        write_page(folder)
+
+
 # ---------------------------------------------------------------------- pictures
 
 
@@ -378,6 +395,17 @@ def test_segmentation_with_files_old_and_broken(tmp_path: Path, made_up: ModuleT
     assert "south: bacc 0.700, corrupted training data: the stored cases cannot be shown (UserError)." in page.text
     alt = next(value for _, name, value in page.attributes if name == "alt")
     assert alt.startswith("case 1: Dice 1.00: image; reference with 171 pixels of ragged")
+
+
+@pytest.mark.parametrize("kept", [0, 100, 1000])
+@pytest.mark.parametrize("name", ["overlay.npz", "examples.npz"])
+def test_a_cut_off_file_costs_itself_only(tmp_path: Path, name: str, kept: int) -> None:
+    folder = by_hand.make_run(tmp_path / "run")
+    whole = (folder / "sites" / "north" / "examples.npz").read_bytes()
+    (folder / "sites" / "south" / "examples.npz").unlink()
+    (folder / "sites" / "south" / name).write_bytes(whole[:kept])
+    text = write_page(folder).read_text()
+    assert "the stored cases cannot be shown (UserError)" in text and text.count("data:image/jpeg") == 6
 
 
 def test_what_the_coordinator_kept_of_its_own_file(tmp_path: Path) -> None:

@@ -53,7 +53,10 @@ def make_page(folder: Path, images: bool) -> Page:
     from fedmed.report.page.run_page import run_page
 
     if (folder / "comparison.json").is_file():
-        return comparison_page(folder, read_json(folder / "comparison.json"), images)
+        doc = read_json(folder / "comparison.json")
+        if not isinstance(doc, dict) or doc.get("kind") != "comparison":
+            raise UserError(f"{folder / 'comparison.json'} is no comparison that `fedmed compare` wrote")
+        return comparison_page(folder, doc, images)
     summary = read_json(folder / "summary.json") if (folder / "summary.json").is_file() else {}
     if isinstance(summary, dict) and isinstance(summary.get("arms"), dict):
         return comparison_page(folder, demo_comparison(folder, summary), images)

@@ -71,6 +71,8 @@ def conditions(comparison: Comparison, setting: Mapping[str, Any], arm: str) -> 
             summary = read_json(folder / "summary.json") if folder is not None else {}
         except UserError:
             continue
+        if not isinstance(summary, Mapping):
+            continue
         tail = (summary.get("fairness") or {}).get("tail") or {}
         if summary.get("main_metric") != comparison.metric or len(tail.get("by_condition", {})) < 2:
             continue

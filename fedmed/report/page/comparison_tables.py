@@ -26,17 +26,21 @@ Setting = Mapping[str, Any]
 def means(comparison: Comparison, setting: Setting) -> Table:
     """Arms by metrics: mean and standard deviation over the seeds."""
     rows = []
+    alone = len(comparison.arms(setting)) < 2  # nobody to be better than
     for arm in comparison.arms(setting):
         cells: list[Cell | str] = [arm]
         for metric in comparison.metrics:
             result = comparison.result(setting, arm, metric)
             deviation = number(result.get("sd"))
             text = show(number(result.get("mean"))) + ("" if math.isnan(deviation) else f" ± {show(deviation)}")
-            mark = "best" if result.get("best") else "tied" if result.get("tied") else ""
+            values = [number(v) for v in (result.get("values") or {}).values()]
+            known = sum(not math.isnan(v) for v in values)
+            text += f" ({known} of {len(values)})" if 0 < known < len(values) else ""
+            mark = "best" if result.get("best") and not alone else "tied" if result.get("tied") else ""
             cells.append(Cell(f"{text} {mark}".strip() if mark else text, mark))
         rows.append(Row(cells, comparison.numbers[arm]))
     header = ["arm", *(f"{m} (lower is better)" if smaller_is_better(m) else m for m in comparison.metrics)]
-    note = "Mean ± standard deviation over the seeds. Tied: the paired difference from the best has 0 in its interval."
+    note = "Mean ± standard deviation over the seeds; (2 of 3): so many of them have a value. Tied: the paired difference from the best has 0 in its interval."
     return Table("Means over the seeds", header, rows, note)
 
 
@@ -56,7 +60,9 @@ def differences(comparison: Comparison, setting: Setting) -> list[Block]:
                 score,
                 probability(gap),
             ]
-            cells: list[Cell | str] = [arm, metric, signed(gap.get("mean")), interval(gap)]
+            seeds, missing = gap.get("seeds"), gap.get("missing")
+            of_all = f" ({seeds} of {seeds + missing})" if seeds and missing else ""
+            cells: list[Cell | str] = [arm, metric, f"{signed(gap.get('mean'))}{of_all}", interval(gap)]
             cells.append(Cell(said, {"better": "best", "worse": "bad"}.get(said, "")))
             rows.append(Row([*cells, *tested], comparison.numbers[arm]))
     header = ["arm", "metric", "difference", "95 % interval", "says", "pairs", "win/tie/loss", "p"]

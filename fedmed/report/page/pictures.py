@@ -21,7 +21,7 @@ from fedmed.report.page.parts import Block, Picture, Pictures, Text
 from fedmed.report.page.run_data import RunData
 from fedmed.report.tables import show
 from fedmed.report.values import number
-from fedmed.report.write import read_overlay
+from fedmed.report.write import UNREADABLE, read_overlay
 
 MOST_SITES, MOST_CASES, MOST_CHANNELS = 12, 3, 4
 SIDE, QUALITY = 144, 82
@@ -37,7 +37,7 @@ def read_examples(path: Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as stored:
             found = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: not a readable npz file ({type(error).__name__})") from error
     if not {"image", "classes", "probability", "truth"} <= set(found):
         raise UserError(f"{path}: expected arrays image, classes, probability and truth")

@@ -85,6 +85,9 @@ def read_run(path: Path) -> RunData:
     summary = read_json(folder.summary) if finished else _sum_up(path, history, text)
     model_file = path / "model.json"
     model = read_json(model_file) if model_file.is_file() else {}
+    for file, found in ((folder.summary, summary), (model_file, model)):
+        if not isinstance(found, Mapping):
+            raise UserError(f"{file} holds no keys and values, so it was not written by a run")
     return RunData(folder, summary, history, text, _tree(text), model, finished)
 
 
