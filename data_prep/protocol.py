@@ -29,7 +29,7 @@ from data_prep.seeding import Seed
 from fedmed.config import DataConfig, nearest, params_from
 from fedmed.data.site_checks import SPLITS
 from fedmed.data.site_file import SiteFile
-from fedmed.data.writer import write_site_file
+from fedmed.data.writer import refused, write_site_file
 from fedmed.errors import UserError
 from fedmed.registry import CORRUPTIONS, PARTITIONS, resolve
 
@@ -134,7 +134,9 @@ def _published(target: Path) -> Iterator[Path]:
             yield partial
             partial.replace(target)
     except OSError as error:
-        raise UserError(f"cannot write {target}: {error}. Set data.cache_dir to a folder with space.") from error
+        refusal = refused(target, error)
+        refusal.add_note("data.cache_dir names the folder of derived files")
+        raise refusal from error
 
 
 def _key(content: Any) -> str:

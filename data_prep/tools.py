@@ -21,6 +21,7 @@ from data_prep.resplit import client_files, deal_anew
 from fedmed.config import DataConfig, StepConfig, nearest, params_from, parse_overrides
 from fedmed.data.phantom import make_phantom
 from fedmed.data.site_file import SiteFile
+from fedmed.data.writer import refused
 from fedmed.errors import UserError
 from fedmed.registry import PARTITIONS, resolve
 
@@ -156,7 +157,9 @@ def _beside(target: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix=".making-", dir=target.parent) as folder:
             yield Path(folder)
     except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}") from error
+        if not error.strerror:  # of HDF5, in many words
+            raise refused(target, error) from error
+        raise UserError(f"cannot write {target}: {error.strerror}") from error
 
 
 def _partition(path: Path, name: str, clients: int | None, values: dict[str, Any]) -> StepConfig:

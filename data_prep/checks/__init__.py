@@ -13,7 +13,7 @@ from data_prep.checks.classes import check_classes
 from data_prep.checks.contents import check_annotations, check_images, check_splits
 from data_prep.checks.findings import SEVERITIES, Finding, Findings
 from data_prep.checks.layout import Root, read_frames, read_root
-from data_prep.checks.people import check_duplicates, check_groups, check_identifiers
+from data_prep.checks.people import check_duplicates, check_groups, check_identifiers, check_names
 from data_prep.checks.scan import read_site
 from data_prep.checks.show import render, site_record
 from data_prep.importers.options import check_target
@@ -41,7 +41,10 @@ def check_file(
     if json is not None:
         counts = {f"{severity}s": findings.count(severity) for severity in SEVERITIES}
         about = {"kind": "check", "file": path.name, "task": root.task, "classes": root.classes}
-        write_json(Path(json).expanduser(), {**about, **counts, "sites": records, "findings": findings.sorted()})
+        try:
+            write_json(Path(json).expanduser(), {**about, **counts, "sites": records, "findings": findings.sorted()})
+        except OSError as error:
+            raise UserError(f"cannot write the findings file {json}: {error.strerror or error}") from error
     return WITH_ERRORS if findings.count("error") else 0
 
 
@@ -63,6 +66,7 @@ def examine(path: Path) -> tuple[Root, list[dict[str, Any]], Findings]:
     check_groups(sites, findings)
     check_classes(sites, root, findings)
     check_identifiers(sites, findings)
+    check_names(sites, root.classes or (), findings)
     if not findings.count("error"):
         try:
             SiteFile.open(path).close()

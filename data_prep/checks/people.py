@@ -25,6 +25,7 @@ _LOOKS_LIKE = {
     "a DICOM identifier": re.compile(r"(?<![\d.])\d+(?:\.\d+){4,}(?![\d.])"),
     "a name": re.compile(rf"\^|(?<![^\W\d_]){_NAME}(?:, ?|[ _]){_NAME}(?![^\W\d_])"),
 }
+_CARET = re.compile(r"\^")  # parts of a person's name in DICOM
 _HASH = re.compile(r"\b(?=[0-9a-f]*[a-f])[0-9a-f]{12,}\b")  # what an importer writes; digits in it mean nothing
 
 
@@ -126,3 +127,13 @@ def check_identifiers(sites: Sequence[SiteFacts], findings: Findings) -> None:
             findings.add(
                 "warning", "item_twice", f"{number(twice, 'image')} with the item_id of another", facts.name, twice
             )
+
+
+def check_names(sites: Sequence[SiteFacts], classes: Sequence[str], findings: Findings) -> None:
+    """Names of sites and classes that look like a patient's folder or cell. Two words in capitals are none: hospitals and findings have them."""
+    for what, names in (("sites", [facts.name for facts in sites]), ("classes", list(classes))):
+        for kind, pattern in {**_LOOKS_LIKE, "a name": _CARET}.items():
+            hits = sum(bool(pattern.search(_HASH.sub("", name))) for name in names)
+            if hits:
+                text = f"{hits} of {len(names)} names of {what} look like {kind}: do they name patients?"
+                findings.add("warning", "names", text, count=hits)

@@ -91,6 +91,7 @@ class DicomSeries:
         if not chosen:
             return Header("classification", params.classes, ("intensity",)), []
         table = ImageTable(table_path, params.image_column, list(chosen))
+        uids = Counter(series.uid for series in chosen.values())
         labelled = self._labels(table, list(chosen))
         entries = []
         for place, series in chosen.items():
@@ -98,7 +99,8 @@ class DicomSeries:
             if isinstance(label, str):
                 skipped.add(series.files[0], label)
                 continue
-            item = f"{series.uid or place}\0{len(self._series)}"
+            # by what the series itself says, so that its images keep their ids when others are added
+            item = series.uid if series.uid and uids[series.uid] == 1 else f"{series.uid}\0{place}"
             self._series[item] = series
             split = split_of(series.files[0].relative_to(self._source).as_posix())
             group = series.patient or series.uid or place

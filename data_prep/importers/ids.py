@@ -56,12 +56,11 @@ def load_key(path: Path) -> tuple[bytes, bool]:
         made = _publish(path, f"{secrets.token_hex(KEY_BYTES)}\n".encode())
     try:
         facts = path.stat()
-        content = path.read_bytes() if stat.S_ISREG(facts.st_mode) and facts.st_size < 1024 else b""
+        content = (
+            path.read_bytes() if stat.S_ISREG(facts.st_mode) and facts.st_size < 1024 else b""
+        )  # a device may never end
     except OSError as error:
         raise UserError(f"cannot read the import key {path}: {error.strerror}") from error
-    if stat.S_IMODE(facts.st_mode) & GROUP_AND_OTHERS:
-        mode = f"{stat.S_IMODE(facts.st_mode):04o}"
-        raise UserError(f"the import key {path} may be read or changed by others (mode {mode}): chmod 600 {path}")
     try:
         key = bytes.fromhex(content.decode("ascii").strip())
     except ValueError:
@@ -70,6 +69,9 @@ def load_key(path: Path) -> tuple[bytes, bool]:
         raise UserError(
             f"{path} is no import key; expected {2 * KEY_BYTES} hexadecimal digits. Give another file with --secret."
         )
+    if stat.S_IMODE(facts.st_mode) & GROUP_AND_OTHERS:  # asked last, so that chmod is advised for keys only
+        mode = f"{stat.S_IMODE(facts.st_mode):04o}"
+        raise UserError(f"the import key {path} may be read or changed by others (mode {mode}): chmod 600 {path}")
     return key, made
 
 

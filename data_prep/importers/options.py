@@ -7,8 +7,9 @@ import json
 import re
 import types
 import typing
+import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fedmed.registry import resolve
 from fedmed.version import __version__
 
 SMALLEST, LARGEST = 8, 8192  # pixels along an edge that --size takes
+LONGEST_NAME = 200  # characters of the name of a class or site
 _LOOKED_AT = 200  # headers, to find the most frequent size
 
 
@@ -40,6 +42,8 @@ def make_importer(
 ) -> tuple[Importer, Any]:
     """The importer of a format with its arguments, and these. Raises UserError with the nearest name for a wrong one."""
     cls = resolve("importer", format)
+    if not dataclasses.is_dataclass(getattr(cls, "Params", None)):
+        raise UserError(f"{format} is no importer; expected a class with Params, as data_prep/importers/base.py says")
     if not source.exists():
         raise UserError(f"no file or folder at {source}; expected the source of the import")
     params = read_words(cls.Params, words, format)
@@ -54,7 +58,10 @@ def read_words(cls: type[Any], words: Sequence[str], where: str) -> Any:
     plain: dict[str, Any] = {}
     others = []
     for word in words:
-        key, _, value = word.partition("=")
+        key, sign, value = word.partition("=")
+        if not sign:
+            others.append(word)  # refused below, in the words of every other command
+            continue
         kinds = (
             set(typing.get_args(hints.get(key))) if isinstance(hints.get(key), types.UnionType) else {hints.get(key)}
         )
@@ -68,6 +75,20 @@ def read_words(cls: type[Any], words: Sequence[str], where: str) -> Any:
         else:
             others.append(word)
     return params_from(cls, {**parse_overrides(others), **plain}, where)
+
+
+def check_names(what: str, names: Iterable[str]) -> None:
+    """Raise UserError where a name would not stand in one line of a table. It is not quoted: it may be a cell of a table, or a folder's name."""
+    for name in names:
+        kinds = {unicodedata.category(sign) for sign in name}
+        wrong = "is empty" if not name.strip() else f"has {len(name)} characters" if len(name) > LONGEST_NAME else ""
+        if any(kind[0] == "C" or kind in ("Zl", "Zp") for kind in kinds):
+            wrong = "has line ends or control characters"
+        if wrong:
+            raise UserError(
+                f"the name of a {what} {wrong}; expected 1 to {LONGEST_NAME} printable characters in one line. Rename it in the source, "
+                f"or look whether the right column or folder gives the {what}"
+            )
 
 
 def common_size(importer: Importer, entries: Sequence[Entry]) -> tuple[int, int] | None:

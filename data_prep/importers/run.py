@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -13,6 +14,7 @@ from data_prep.importers.base import Entry, Header, Skipped
 from data_prep.importers.filing import Filing, Plan
 from data_prep.importers.ids import Ids, default_key_path, load_key, write_private
 from data_prep.importers.options import (
+    check_names,
     check_target,
     common_size,
     make_importer,
@@ -56,6 +58,8 @@ def import_data(
     key that hashes names; trace: private CSV that lists every file; workers: threads, None: one per CPU; site: name of the only site; say:
     takes the result, note: remarks. Raises UserError for wrong words and where nothing can be imported; then no file is left, but the trace.
     """
+    if not source:
+        raise UserError("the name of the source is empty; expected a folder or a file ('.' for this folder)")
     target, folder = Path(out).expanduser(), Path(source).expanduser()
     shares, wanted = parse_split(split), parse_size(size)
     _check_numbers(compression, workers, seed)
@@ -66,6 +70,7 @@ def import_data(
     header, entries = importer.scan(skipped)
     entries = sorted(entries, key=lambda entry: (entry.site, entry.group, entry.item))
     _check_entries(entries, skipped, site, trace)
+    check_names("class", header.classes)
     fixed, remarks = said_splits(entries)
     for remark in (*header.remarks, *remarks):
         note(f"note: {remark}")
@@ -112,6 +117,7 @@ def _check_entries(entries: Sequence[Entry], skipped: Skipped, site: str | None,
         )
     if names != {""} and site is not None:
         raise UserError("--site names the only site of a file, but this source has several; leave it out")
+    check_names("site", names - {""} if site is None else [site])
 
 
 def _check_files(target: Path, key: Path, trace: Path | None, source: Path, force: bool) -> None:
@@ -119,7 +125,7 @@ def _check_files(target: Path, key: Path, trace: Path | None, source: Path, forc
     check_target(target, source, force, "site file")
     if trace is not None:
         check_target(trace, source, force, "trace")
-    paths = [path.resolve() for path in (target, key, trace) if path is not None]
+    paths = [os.path.realpath(path) for path in (target, key, trace) if path is not None]
     if len(set(paths)) < len(paths):
         raise UserError("site file, trace and import key: expected three different files")
 

@@ -34,6 +34,10 @@ class Table:
             raise UserError(
                 f"{self.path}: none of the {len(self.columns)} columns in its first line is called {column!r}"
             )
+        if len(places) > 1:
+            raise UserError(
+                f"{self.path}: {len(places)} columns are called {column!r}; rename all but the one that is meant"
+            )
         return places[0]
 
     def column(self, name: str) -> list[str]:
@@ -64,8 +68,13 @@ def read_table(path: Path, what: str = "table") -> Table:
     try:
         found = [tuple(cell.strip() for cell in row) for row in reader]
     except csv.Error as error:
-        raise UserError(f"{what} {path}: no valid CSV near line {reader.line_num}. Export it again.") from error
+        raise UserError(
+            f"{what} {path}: no valid CSV from line {reader.line_num} on: a quote that is not closed, or a cell of more than "
+            f"{csv.field_size_limit()} characters. Leave such columns out and export it again."
+        ) from error
     filled = [row for row in found if any(row)]
+    if not filled:
+        raise UserError(f"{what} {path}: expected CSV text with a header line, found empty cells")
     columns, rows = filled[0], filled[1:]
     width = len(columns)
     return Table(path, columns, tuple((*row, *[""] * (width - len(row)))[:width] for row in rows))

@@ -198,4 +198,8 @@ def show_command(
         raise UserError(f"{target} exists already; --force replaces it unless it is the input or a folder")
     from fedmed.report.sheets import contact_sheet
 
-    typer.echo(f"wrote {contact_sheet(source, target, per_site=per_site, max_sites=sites, tile=tile, seed=seed)}")
+    try:
+        written = contact_sheet(source, target, per_site=per_site, max_sites=sites, tile=tile, seed=seed)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or type(error).__name__}") from error
+    typer.echo(f"wrote {written}")

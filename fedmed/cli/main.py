@@ -178,6 +178,8 @@ def main(args: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if args is None else args)
     try:
         code = app(args=words, prog_name="fedmed", standalone_mode=False)
+        if code == 130:  # what typer makes of Ctrl-C, without a word
+            _note("interrupted")
         return code if isinstance(code, int) else 0
     except Exception as error:
         return _fail(error, "--debug" in words)

@@ -91,6 +91,11 @@ class SiteFile:
         self.conditions = tuple(sorted(k.removeprefix(f"{CENTRAL}_") for k in file if k.startswith(f"{CENTRAL}_")))
         self.sites = tuple(self._info(group) for group in groups)
         names = [site.name for site in self.sites]
+        for said in (*self.classes, *self.channels, *names):
+            if not said.isprintable():  # it would be printed as it stands, and could write anywhere on a terminal
+                raise UserError(
+                    f"{path}: a name of a class, channel or site holds control characters: {said!r}. Rename it."
+                )
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise UserError(f"{path}: two groups have the site_name {sorted(twice)[0]!r}. Site names must differ.")

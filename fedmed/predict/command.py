@@ -13,7 +13,7 @@ from typing import Any
 from fedmed.data.formats.limits import BadFile
 from fedmed.engines.loading import TrainedModel, load
 from fedmed.errors import UserError
-from fedmed.predict.inputs import PICTURE, SERIES, SITE_FILE, VOLUME, Source, find_sources
+from fedmed.predict.inputs import PICTURE, SERIES, SITE_FILE, VOLUME, Source, find_sources, real_path
 from fedmed.predict.predictor import Predictor
 from fedmed.predict.sheet import Sheet
 from fedmed.predict.site_files import check_split
@@ -76,7 +76,7 @@ def predict(
             "\n".join(["nothing to predict: no picture, volume, DICOM series or site file", *_reasons(skipped)])
         )
     _check_dicom(sources, trained)
-    for remark in () if quiet else _remarks(sources, preparation, request):
+    for remark in () if quiet else _remarks(sources, preparation, request, out):
         note(f"note: {remark}")
     predictor = Predictor(trained, preparation, request.batch_size)
     sheet = Sheet(predictor, len(sources))
@@ -108,9 +108,11 @@ def _check_out(out: Path, request: Request) -> None:
         raise UserError(f"--out {out}: expected a folder, found a file")
     if out.is_dir() and any(out.iterdir()) and not request.force:
         raise UserError(f"--out {out} is not empty; --force writes into it, or choose another folder")
+    target, several = real_path(out), len(request.inputs) > 1
     for one in request.inputs:
-        path = Path(one).expanduser().resolve()
-        if out.resolve() == (path.parent if path.is_file() else path):
+        path = real_path(Path(one).expanduser())
+        used = [path.parent] if path.is_file() else [path, path.parent] if several else [path]
+        if target in used:  # outputs of one of several folders lie in a folder of its name
             raise UserError(f"--out {out} is the folder of an input; choose another one")
 
 
@@ -123,7 +125,7 @@ def _check_dicom(sources: Sequence[Source], trained: TrainedModel) -> None:
         )
 
 
-def _remarks(sources: Sequence[Source], preparation: Any, request: Request) -> list[str]:
+def _remarks(sources: Sequence[Source], preparation: Any, request: Request, out: Path) -> list[str]:
     """What may be otherwise than the user thinks."""
     kinds = {source.kind for source in sources}
     images = kinds - {SITE_FILE}
@@ -140,6 +142,8 @@ def _remarks(sources: Sequence[Source], preparation: Any, request: Request) -> l
         )
     if request.window is not None and not images & {VOLUME, SERIES}:
         found.append("--window is of volumes and DICOM series; there are none")
+    if out.is_dir() and any(real_path(Path(one).expanduser()) in real_path(out).parents for one in request.inputs):
+        found.append(f"{out} lies in a folder that is predicted; what was in it before is left out")
     return found
 
 

@@ -54,11 +54,13 @@ def find_sources(
     """
     roots = [Path(one).expanduser() for one in inputs]
     found: list[Source] = []
-    for root in roots:
+    for one, root in zip(inputs, roots, strict=True):
+        if not str(one):
+            raise UserError("the name of an input is empty; expected images to predict ('.' for this folder)")
         if not root.exists():
             raise UserError(f"no file or folder at {root}; expected images to predict")
         prefix = f"{root.resolve().name}/" if len(roots) > 1 and root.is_dir() else ""
-        paths = _walk(root, leave_out.resolve() if leave_out else None) if root.is_dir() else [root]
+        paths = _walk(root, real_path(leave_out) if leave_out else None) if root.is_dir() else [root]
         folder = root if root.is_dir() else root.parent
         kinds = {path: _kind(path) for path in paths}
         volumes = [path for path in paths if kinds[path] == VOLUME]
@@ -73,6 +75,11 @@ def find_sources(
         if SERIES in kinds.values():
             found += _series(root, prefix, skipped, {path for path in paths if kinds[path] == SERIES})
     return _distinct(found)
+
+
+def real_path(path: Path) -> Path:
+    """A path without links; unlike `Path.resolve` it takes a link that leads round in circles for a file that is not there."""
+    return Path(os.path.realpath(path))
 
 
 def _kind(path: Path) -> str:
@@ -99,7 +106,7 @@ def _walk(root: Path, leave_out: Path | None) -> list[Path]:
         folders[:] = [
             name
             for name in folders
-            if _visible(name) and (leave_out is None or Path(parent, name).resolve() != leave_out)
+            if _visible(name) and (leave_out is None or real_path(Path(parent, name)) != leave_out)
         ]
         found += [path for name in names if _visible(name) and (path := Path(parent, name)).is_file()]
     return sorted(found)
@@ -182,5 +189,7 @@ def _distinct(sources: Sequence[Source]) -> list[Source]:
         while name.casefold() in used or (name != source.name and name.casefold() in taken):
             name, number = f"{plain}_{number}", number + 1
         used.add(name.casefold())
-        found.append(Source(source.kind, name, source.shown, source.files, source.series))
+        # names that are no UTF-8 can then stand in the table, too
+        shown = source.shown.encode("utf-8", "backslashreplace").decode()
+        found.append(Source(source.kind, name, shown, source.files, source.series))
     return found

@@ -30,7 +30,7 @@ def describe(path: Path) -> list[str]:
             said = ", ".join(f"{n} ({kind})" if n == reads and kind not in (None, reads) else n for n in there)
             rows.append([info.name, *map(str, (info.n, info.n_train, info.n_val, info.n_test)), said])
         lines = [
-            f"{path.name}: {sites.task}, {sum(info.n for info in sites.sites)} images of {len(rows)} sites",
+            f"{path.name}: {sites.task}, {sum(info.n for info in sites.sites)} images of {len(rows)} {'site' if len(rows) == 1 else 'sites'}",
             f"classes: {', '.join(sites.classes)}",
             f"images: {sites.image_size[0]} x {sites.image_size[1]}, {', '.join(kinds)}, channels {', '.join(sites.channels)}",
             *_made(sites.recipe),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fedmed.data.site_file import SiteFile, read_truth
-from fedmed.data.writer import write_site_file
+from fedmed.data.writer import SiteArrays, write_site_file
 from fedmed.errors import UserError
 
 Broken = Callable[[Callable[[h5py.File], None]], Path]
@@ -306,3 +306,13 @@ def test_public_scribbles_keep_their_ignore_value(public_folder: Path) -> None:
     assert data.ignore_value == 4 and data.target.max() == 4
     assert 0.005 < drawn.sum() / data.split("train").targets.numel() < 0.05
     assert data.split("test").targets.max() <= 3
+
+
+def test_names_that_would_write_on_a_terminal_are_refused(tmp_path: Path) -> None:
+    meta = {"task": "classification", "classes": ["a", "b\x1b[2J"], "channels": ["grey"], "image_size": [8, 8]}
+    site = SiteArrays(
+        "s", np.zeros((4, 8, 8), np.uint8), {"label": np.array([0, 1, 0, 1])}, {"train": [0, 1], "test": [2, 3]}
+    )
+    path = write_site_file(tmp_path / "odd.h5", meta, [site])
+    with pytest.raises(UserError, match=r"control characters: 'b\\x1b\[2J'"):
+        SiteFile.open(path)

@@ -354,6 +354,19 @@ def test_blocks_are_whole_chunks_and_small(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
+    ("name", "expected"),
+    [("DOE^JANE", 1), ("Doe 12.04.1961", 1), ("Basal_Cell Carcinoma", 0), ("TCGA-CS", 0), ("North 2019", 0)],
+)
+def test_names_of_sites_and_classes(tmp_path: Path, name: str, expected: int) -> None:
+    path = build(tmp_path / "names.h5")
+    with h5py.File(path, "r+") as file:
+        file["site_00"].attrs["site_name"] = name
+        file.attrs["classes"] = json.dumps([*json.loads(file.attrs["classes"])[:-1], name])
+    hits = [finding for finding in examine(path)[2].found if finding.code == "names"]
+    assert len(hits) == 2 * expected and all(f.count == 1 and name not in f.text for f in hits)
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("a1b2c3d4e5f620190412", 0),  # a hash

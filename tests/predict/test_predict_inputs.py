@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -90,3 +91,15 @@ def test_series_are_named_after_their_folder(tmp_path: Path, write_dicom: Any) -
     assert skipped == {"of a file type that is not read here": 1}
     assert named(find_sources([tmp_path / "in" / "ct"], skipped)) == [(SERIES, "ct")]
     assert named(find_sources([tmp_path / "in" / "two" / "2-0"], skipped)) == [(SERIES, "2-0")]
+
+
+def test_names_that_are_no_unicode_can_stand_in_a_table(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    Path(os.fsdecode(bytes(tmp_path / "in") + b"/M\xfcller.png")).write_bytes(b"x")
+    (found,) = find_sources([tmp_path / "in"], Counter())
+    assert found.shown == "M\\udcfcller.png" and found.files[0] is not None and found.files[0].exists()
+
+
+def test_an_empty_name_is_not_this_folder() -> None:
+    with pytest.raises(UserError, match="the name of an input is empty"):
+        find_sources([""], Counter())

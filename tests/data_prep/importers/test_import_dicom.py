@@ -177,3 +177,14 @@ def test_a_damaged_slice_is_left_out(tmp_path: Path, importing: Run) -> None:
 def test_wrong_arguments(tmp_path: Path, importing: Run, words: tuple[str, ...], said: str) -> None:
     with pytest.raises(UserError, match=said):
         importing("dicom", study(tmp_path / "src", 1), *words)
+
+
+def test_ids_stay_when_other_series_come(tmp_path: Path, importing: Run) -> None:
+    source = study(tmp_path / "src")
+    first = importing("dicom", source, *WORDS)
+    volume(source / "AAA_new", 8)
+    with (source / "labels.csv").open("a") as table:
+        table.write("\nAAA_new;none;x\n")
+    ids = set(first.read("item_id")[0].tolist())
+    second = importing("dicom", source, *WORDS, name="again.h5")
+    assert ids < set(second.read("item_id")[0].tolist())

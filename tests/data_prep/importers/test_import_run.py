@@ -401,6 +401,34 @@ def test_wrong_options_are_named(plan: Plan, importing: Run, tmp_path: Path, giv
         importing("made_up", tmp_path, **given)
 
 
+@pytest.mark.parametrize("name", ["", " ", "a\nb", "\x1b[31mred", "a\0b", "\u202eleft", "x" * 201])
+def test_names_that_no_table_can_show_are_refused(plan: Plan, importing: Run, tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"the name of a site .*expected 1 to 200 printable"):
+        importing("made_up", tmp_path, site=name)
+    plan.header = Header("classification", ("a", name), ("grey",))
+    with pytest.raises(UserError, match="the name of a class") as error:
+        importing("made_up", tmp_path)
+    assert len(name) < 2 or name not in str(error.value)
+    plan.header = Header("classification", ("Größe\u00a0> 2 <b>", "b"), ("grey",))
+    assert importing("made_up", tmp_path, site="Nord-Ost 1").code == 0
+
+
+def test_words_and_sources_that_cannot_be_meant(
+    plan: Plan, importing: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"expected key=value .*got 'place'"):
+        importing("made_up", tmp_path, "place")
+    with pytest.raises(UserError, match="the name of the source is empty"):
+        importing("made_up", "")
+    loop = tmp_path / "loop.key"
+    loop.symlink_to(loop)
+    with pytest.raises(UserError, match="cannot read the import key"):
+        importing("made_up", tmp_path, secret=str(loop))
+    monkeypatch.setattr(options, "resolve", lambda kind, name: Path)
+    with pytest.raises(UserError, match="is no importer; expected a class with Params"):
+        importing("os:path", tmp_path)
+
+
 def test_size_is_height_by_width() -> None:
     assert parse_size("128") == (128, 128) and parse_size("64x96") == (64, 96) and parse_size(None) is None
 

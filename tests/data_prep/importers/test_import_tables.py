@@ -49,7 +49,7 @@ def test_quoted_cells_keep_separators_and_line_ends(tmp_path: Path) -> None:
     assert found.columns == ("image", "size[w,h]", "label") and found.rows == (("a", "1,\n2", "ä"),)
 
 
-@pytest.mark.parametrize("content", [b"", b" \n \n", b"\x00\x01\x02,\n", b"PNG\x00\n1"])
+@pytest.mark.parametrize("content", [b"", b" \n \n", b"\x00\x01\x02,\n", b"PNG\x00\n1", b",,\n,,\n"])
 def test_what_is_no_table_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "t.csv"
     path.write_bytes(content)
@@ -65,6 +65,17 @@ def test_a_missing_column_is_named_without_quoting_the_first_line(tmp_path: Path
     assert "DOE" not in str(error.value)
     with pytest.raises(UserError, match="cannot read"):
         read_table(tmp_path / "nothing.csv")
+
+
+def test_columns_of_one_name_and_cells_without_end_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("image,label,Label,LABEL\na,0,1,1\n")
+    assert read_table(path).column("label") == ["0"]
+    with pytest.raises(UserError, match="3 columns are called 'lAbel'; rename"):
+        read_table(path).index("lAbel")
+    path.write_text("image,label\na,0\nb," + "x" * 200_000 + "\n")
+    with pytest.raises(UserError, match=r"from line 3 on: .* a cell of more than 131072 characters"):
+        read_table(path)
 
 
 def test_cells_that_say_nothing_and_numbers() -> None:
@@ -133,6 +144,8 @@ def test_files_are_listed_without_what_systems_leave(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "self.png").symlink_to("self.png")
+    (tmp_path / "gone.png").symlink_to("nowhere.png")
     assert list_files(tmp_path) == ["a.png", "b/x.png"]
     with pytest.raises(UserError, match="is no folder"):
         list_files(tmp_path / "a.png")
