@@ -13,6 +13,7 @@ import numpy as np
 
 from data_prep.importers.base import Entry, Header, Row, Skipped
 from data_prep.importers.ids import Ids
+from data_prep.importers.reading import OTHER_SIZE
 from data_prep.importers.splits import deal
 from fedmed.data.site_checks import ANNOTATIONS, SPLITS
 from fedmed.data.site_writer import SiteRows, SiteWriter
@@ -145,7 +146,7 @@ class Filing:
             image = row.arrays["image"]
             first = self._image or (image.shape, image.dtype)
             if image.shape[:2] != (self._plan.size or first[0][:2]):
-                return "another size than most images (--size brings all to one)"
+                return OTHER_SIZE
             if image.shape != first[0] or image.dtype != first[1]:
                 return f"pixels of type {image.dtype.name}, those before are {first[1].name}"
             layout = _layout(row)

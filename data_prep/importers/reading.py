@@ -19,36 +19,51 @@ from fedmed.data.site_checks import IMAGE_TYPES
 Result = list[Row] | str  # rows, or a reason
 _PIXELS = frozenset(np.dtype(name) for name in IMAGE_TYPES)
 _LIBRARIES = ("PIL", "pydicom", "nibabel", "nibabel.global", "highdicom", "h5py")
+_TOGETHER = 32  # pictures a thread reads before it hands them over: handing over costs as much as checking a picture
+_BYTES_TOGETHER = 1 << 23  # of their images, at most, about
+OTHER_SIZE = "another size than most images (--size brings all to one)"
 _ROWS_AHEAD = 256  # images in memory at most, about; volumes count with all their slices
 
 
 def read_in_order(
-    importer: Importer, header: Header, entries: Sequence[Entry], workers: int
+    importer: Importer, header: Header, entries: Sequence[Entry], workers: int, size: tuple[int, int] | None = None
 ) -> Generator[tuple[Entry, Result], None, None]:
     """Read `entries` in `workers` threads; what comes out is in their order, whatever finishes first.
 
     Threads, because decoding gives up the interpreter lock; processes would have to send every image through a pipe. At most four entries
-    per worker, fewer of volumes, are in memory. Closing the iterator early drops what is not yet begun.
+    per worker, fewer of volumes, are in memory; where all images have the known `size` (H, W), single ones are read in batches of some MiB.
+    Closing the iterator early drops what is not yet begun.
     """
     if workers == 1:
-        yield from ((entry, attempt(importer, header, entry)) for entry in entries)
+        yield from ((entry, attempt(importer, header, entry, size)) for entry in entries)
         return
     largest = max((entry.rows for entry in entries), default=1)
     window = max(workers + 1, min(4 * workers, _ROWS_AHEAD // max(1, largest)))
+    together = 1
+    if size is not None and largest == 1:
+        together = min(_TOGETHER, 1 + _BYTES_TOGETHER // max(1, size[0] * size[1] * len(header.channels)))
+        window = workers + 1
     pool = ThreadPoolExecutor(workers, thread_name_prefix="import")
-    ahead: deque[tuple[Entry, Future[Result]]] = deque()
-    waiting = iter(entries)
+    ahead: deque[tuple[Sequence[Entry], Future[list[Result]]]] = deque()
+
+    def read(batch: Sequence[Entry]) -> list[Result]:
+        return [attempt(importer, header, entry, size) for entry in batch]
+
     try:
-        for entry in waiting:
-            ahead.append((entry, pool.submit(attempt, importer, header, entry)))
+        for start in range(0, len(entries), together):
+            batch = entries[start : start + together]
+            ahead.append((batch, pool.submit(read, batch)))
             if len(ahead) >= window:
-                first, future = ahead.popleft()
-                yield first, future.result()
+                yield from _handed_over(ahead)
         while ahead:
-            first, future = ahead.popleft()
-            yield first, future.result()
+            yield from _handed_over(ahead)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _handed_over(ahead: deque[tuple[Sequence[Entry], Future[list[Result]]]]) -> Iterator[tuple[Entry, Result]]:
+    batch, future = ahead.popleft()
+    yield from zip(batch, future.result(), strict=True)
 
 
 def default_workers() -> int:
@@ -72,7 +87,7 @@ def silent_libraries() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def attempt(importer: Importer, header: Header, entry: Entry) -> Result:
+def attempt(importer: Importer, header: Header, entry: Entry, size: tuple[int, int] | None = None) -> Result:
     """Rows of an entry, checked against the header, or the reason why it cannot be used.
 
     Everything that goes wrong with one entry stays with it: an import of a million files must not end by the strangest of them. The text of
@@ -84,6 +99,8 @@ def attempt(importer: Importer, header: Header, entry: Entry) -> Result:
         return str(error)
     except Exception as error:
         return f"cannot be read ({type(error).__name__})"
+    if size is not None and any(row.arrays["image"].shape[:2] != size for row in rows):
+        return OTHER_SIZE  # here, so that no image of a stranger's size waits in memory
     return rows or "no image in it"
 
 

@@ -80,7 +80,7 @@ def import_data(
     plan = Plan(target, header, attributes, known_size, name, named, fixed, shares, seed, compression)
     records: list[dict[str, Any]] | None = None if trace is None else []
     filing = Filing(plan, _ids(key, note), skipped, records, entries)
-    results = read_in_order(importer, header, entries, workers or default_workers())
+    results = read_in_order(importer, header, entries, workers or default_workers(), plan.size)
     try:
         with filing, ImportProgress(len(entries), note, quiet) as progress, closing(results):
             for entry, found in results:

@@ -453,7 +453,7 @@ def test_words_are_read_as_their_types_say() -> None:
 
 def test_few_entries_are_in_memory(plan: Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     started: list[str] = []
-    monkeypatch.setattr(reading, "attempt", lambda importer, header, entry: started.append(entry.item) or "none")
+    monkeypatch.setattr(reading, "attempt", lambda importer, header, entry, size: started.append(entry.item) or "none")
     entries = [entry(number) for number in range(100)]
     results = read_in_order(MadeUp(tmp_path, MadeUpParams(), None), plan.header, entries, 3)
     next(results)
@@ -468,6 +468,22 @@ def test_few_entries_are_in_memory(plan: Plan, monkeypatch: pytest.MonkeyPatch, 
     time.sleep(0.05)
     assert len(started) <= 4
     results.close()
+    for size, most in (((64, 64), 4 * 32), ((4096, 4096), 4)):  # batches of small images, single large ones
+        started.clear()
+        results = read_in_order(MadeUp(tmp_path, MadeUpParams(), None), plan.header, entries * 2, 3, size)
+        next(results)
+        time.sleep(0.05)
+        assert len(started) <= most
+        results.close()
+
+
+def test_images_of_another_size_do_not_wait_in_memory(plan: Plan, tmp_path: Path) -> None:
+    importer = MadeUp(tmp_path, MadeUpParams(), None)
+    whole = reading.attempt(importer, plan.header, entry(0))
+    assert not isinstance(whole, str)
+    size = whole[0].arrays["image"].shape[:2]
+    assert not isinstance(reading.attempt(importer, plan.header, entry(0), size), str)
+    assert reading.attempt(importer, plan.header, entry(0), (size[0] + 1, size[1])) == reading.OTHER_SIZE
 
 
 def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
