@@ -1,4 +1,4 @@
-# make demo      compare two methods on synthetic sites; the report lands in demo-report/ (made anew; DEMO_OUT=dir: there)
+# make demo      compare two methods on synthetic sites; ends in the page demo-report/report.html (made anew; DEMO_OUT=dir: there)
 # make test      the fast tests          make test-slow   effects, golden metrics, engines
 # make lint      ruff and import layers  make types       mypy
 # make results   the comparisons of docs/results.md, and their tables; DATA=folder with the site files they name
