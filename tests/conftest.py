@@ -15,10 +15,13 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+_LEVEL = logging.getLogger("fedmed").level
+
+
 @pytest.fixture(autouse=True)
 def _own_log_level() -> Iterator[None]:
-    """Put the level of our own log back."""
+    """Put the level of our own log back, also after a fixture of a whole module."""
     logger = logging.getLogger("fedmed")
-    level = logger.level
+    logger.setLevel(_LEVEL)
     yield
-    logger.setLevel(level)
+    logger.setLevel(_LEVEL)
