@@ -19,7 +19,7 @@ from fedmed.federation.site import Place, Workshop, answer
 
 log = logging.getLogger("fedmed.site")
 app = ClientApp()
-_DATA_READERS = ("site_file.py", "site_checks.py")  # their errors may quote labels and places of items
+_DATA_READERS = Path(__file__).resolve().parent / "data"  # errors of its modules may quote labels and places of items
 _PATH = re.compile(r"(?<![\w.<])~?/[^\s'\",;:)]+")
 
 
@@ -77,7 +77,7 @@ def _reason(error: Exception, context: Context) -> str:
     file = Path(frame.filename).name
     if not isinstance(error, FedMedError):
         return f"{kind} in {file}:{frame.lineno} (details in the site's log)"
-    if file in _DATA_READERS:
+    if Path(frame.filename).resolve().is_relative_to(_DATA_READERS):
         return f"{kind}: the data file of this site does not suit the run (the site's log says why)"
     text = str(error)
     for known in (node["data-path"], node.get("state-dir")):  # these may have spaces
